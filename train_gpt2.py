@@ -250,7 +250,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     to z is softmax(z) - onehot(y), so it is known as soon as the logits are: the forward pass computes it, and the logits of
     a chunk are forgotten before the next one. Nothing is computed twice.
     """
-    ROWS = 2048
+    ROWS = 1024
 
     @staticmethod
     def forward(ctx, h, weight, targets, needs_grad):
@@ -261,20 +261,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         w = weight.to(low)
         for i in range(0, len(h), ChunkedCrossEntropy.ROWS):
             rows, y = h[i:i + ChunkedCrossEntropy.ROWS].to(low), targets[i:i + ChunkedCrossEntropy.ROWS]
-            counts = y != -100
-            y = y.clamp(min=0)
-            z = (rows @ w.T).float()                                             # (rows, V)
-            log_sum = z.logsumexp(dim=1)
-            total = total + ((log_sum - z.gather(1, y[:, None])[:, 0]) * counts).sum()
+            counts, y = (y != -100)[:, None], y.clamp(min=0)[:, None]            # (rows, 1)
+            log_p = F.log_softmax(rows @ w.T, dim=1, dtype=torch.float32)        # (rows, V)
+            total = total - (log_p.gather(1, y) * counts).sum()
             if ctx.grad_h is None and ctx.grad_weight is None:
                 continue
-            grad = z.sub_(log_sum[:, None]).exp_()                               # softmax
-            grad.scatter_add_(1, y[:, None], grad.new_full((len(y), 1), -1.0))   # - onehot
-            grad = grad.mul_(counts[:, None]).to(low)
+            grad = log_p.exp_().scatter_add_(1, y, -torch.ones_like(y, dtype=torch.float32)).to(low)
             if ctx.grad_h is not None:
-                ctx.grad_h[i:i + ChunkedCrossEntropy.ROWS] = grad @ w
+                ctx.grad_h[i:i + ChunkedCrossEntropy.ROWS] = grad @ w * counts
             if ctx.grad_weight is not None:
-                ctx.grad_weight += grad.T @ rows
+                ctx.grad_weight += grad.T @ (rows * counts)
         return total
 
     @staticmethod
@@ -425,8 +421,8 @@ class Recipe:
 
 
 RECIPES = {                 #   steps, tokens a step, micro-batch, lr, warm-up
-    "tiny":        Recipe(2_000, 24 * 64, 24, 2e-3, 40, eval_every=400, eval_tokens=20_480, log_every=20),
-    "small":       Recipe(1_200, 8_192, 16, 1e-3, 60, eval_every=200, eval_tokens=20_480),
+    "tiny":        Recipe(2_000, 24 * 64, 24, 2e-3, 40, eval_every=200, eval_tokens=20_480, log_every=20),
+    "small":       Recipe(500, 8_192, 16, 2e-3, 50, eval_every=50, eval_tokens=16_384),
     "gpt2":        Recipe(19_073, 524_288, 16, 6e-4, 715),                # 19,073 × 524,288 = 10.0 B tokens; 715 × 524,288 = 375 M as in GPT-3
     "gpt2-medium": Recipe(19_073, 524_288, 8, 3e-4, 715),
     "gpt2-large":  Recipe(19_073, 524_288, 4, 2.5e-4, 715),
@@ -601,12 +597,12 @@ def read_log(path):
 
 def draw_curves(path, panels, size=(900, 480)):
     """Draw line charts side by side: panels = [(title, label of x, {name of a line: (xs, ys)}), …]."""
-    width, height = size
+    width, height = 2 * size[0], 2 * size[1]               # twice as large, then shrunk: smooth lines
     picture = Image.new("RGB", (width * len(panels), height), "white")
-    draw, font, bold = ImageDraw.Draw(picture), ImageFont.load_default(15), ImageFont.load_default(19)
-    colours = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#475569")
+    draw, font, bold = ImageDraw.Draw(picture), ImageFont.load_default(30), ImageFont.load_default(38)
+    colours = ("#94a3b8", "#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed")
     for p, (title, x_label, lines) in enumerate(panels):
-        left, top, right, bottom = p * width + 70, 50, (p + 1) * width - 30, height - 60
+        left, top, right, bottom = p * width + 140, 100, (p + 1) * width - 60, height - 120
         points = [(x, y) for xs, ys in lines.values() for x, y in zip(xs, ys) if math.isfinite(y)]
         x_low, x_high, x_step = nice_ticks([x for x, _ in points])
         y_low, y_high, y_step = nice_ticks([y for _, y in points])
@@ -614,22 +610,22 @@ def draw_curves(path, panels, size=(900, 480)):
             return left + (x - x_low) / (x_high - x_low) * (right - left), bottom - (y - y_low) / (y_high - y_low) * (bottom - top)
         for i in range(round((x_high - x_low) / x_step) + 1):
             x = x_low + i * x_step
-            draw.line([at(x, y_low), at(x, y_high)], "#e5e7eb")
-            draw.text((at(x, y_low)[0], bottom + 8), f"{x:,.10g}", "#374151", font, anchor="mt")
+            draw.line([at(x, y_low), at(x, y_high)], "#e5e7eb", 2)
+            draw.text((at(x, y_low)[0], bottom + 16), f"{x:,.10g}", "#374151", font, anchor="mt")
         for i in range(round((y_high - y_low) / y_step) + 1):
             y = y_low + i * y_step
-            draw.line([at(x_low, y), at(x_high, y)], "#e5e7eb")
-            draw.text((left - 8, at(x_low, y)[1]), f"{y:.6g}", "#374151", font, anchor="rm")
-        draw.line([(left, top), (left, bottom), (right, bottom)], "#374151", 2)
-        draw.text(((left + right) / 2, 14), title, "#111827", bold, anchor="mt")
-        draw.text(((left + right) / 2, height - 12), x_label, "#374151", font, anchor="mb")
+            draw.line([at(x_low, y), at(x_high, y)], "#e5e7eb", 2)
+            draw.text((left - 16, at(x_low, y)[1]), f"{y:.6g}", "#374151", font, anchor="rm")
+        draw.line([(left, top), (left, bottom), (right, bottom)], "#374151", 4)
+        draw.text(((left + right) / 2, 28), title, "#111827", bold, anchor="mt")
+        draw.text(((left + right) / 2, height - 24), x_label, "#374151", font, anchor="mb")
         for i, (label, (xs, ys)) in enumerate(lines.items()):
             colour = colours[i % len(colours)]
-            draw.line([at(x, y) for x, y in zip(xs, ys) if math.isfinite(y)], colour, 3, joint="curve")
-            draw.line([(right - 190, top + 16 + 24 * i), (right - 160, top + 16 + 24 * i)], colour, 4)
-            draw.text((right - 150, top + 16 + 24 * i), label, "#111827", font, anchor="lm")
+            draw.line([at(x, y) for x, y in zip(xs, ys) if math.isfinite(y)], colour, 5, joint="curve")
+            draw.line([(right - 380, top + 32 + 48 * i), (right - 320, top + 32 + 48 * i)], colour, 8)
+            draw.text((right - 300, top + 32 + 48 * i), label, "#111827", font, anchor="lm")
     with fineweb.atomic_write(path) as file:
-        picture.save(file, "PNG")
+        picture.reduce(2).save(file, "PNG")
 
 
 def nice_ticks(values, about=6):
