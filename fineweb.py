@@ -96,6 +96,7 @@ def download(url, path, size=None, digest=None, tries=5):
     """Fetch `url` into `path`, which appears only when it is whole: an interrupted download goes on where it stopped.
 
     size:    bytes, checked when given; so is the room on the disk.
+    tries:   how often in a row it may fail without any progress.
     digest:  MD5 (32 hexadecimal digits) or SHA-256 (64), checked when given.
     Returns the path. Raises UserError when there is no network, or when what came is not the file that was asked for.
     """
@@ -106,14 +107,17 @@ def download(url, path, size=None, digest=None, tries=5):
     part = path.with_name(path.name + ".part")
     if size:
         require_space(path.parent, size - (part.stat().st_size if part.exists() else 0))
-    for attempt in range(tries):
+    failures = 0
+    while failures < tries:
+        before = part.stat().st_size if part.exists() else 0
         try:
             _fetch(url, part, path.name)
             break
         except requests.RequestException as error:         # no network, a broken line, 5xx: wait 1, 2, 4, … seconds
-            if attempt == tries - 1:
+            failures = 1 if part.exists() and part.stat().st_size > before else failures + 1
+            if failures == tries:
                 raise UserError(f"{url} cannot be reached ({type(error).__name__}): check the network, or put the file at {path} yourself") from None
-            time.sleep(2 ** attempt)
+            time.sleep(2 ** (failures - 1))
     whole = part.stat().st_size
     if size and whole != size or digest and file_digest(part, digest) != digest:
         part.unlink()
@@ -124,19 +128,22 @@ def download(url, path, size=None, digest=None, tries=5):
 
 def _fetch(url, part, name):
     done = part.stat().st_size if part.exists() else 0
-    with request(url, stream=True, headers={"Range": f"bytes={done}-", "Accept-Encoding": "identity"} if done else {"Accept-Encoding": "identity"}) as answer:
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={done}-"} if done else {})
+    with request(url, stream=True, headers=headers) as answer:
         if answer.status_code == 416:                      # nothing lies behind what we have; the caller checks it
             return
         if answer.status_code != 206:                      # the server does not know ranges and begins anew
             done = 0
         total = done + int(answer.headers.get("Content-Length", 0))
-        began, before = time.time(), done
+        began, before, shown = time.time(), done, 0.0
         with open(part, "ab" if done else "wb") as file:
-            for chunk in answer.iter_content(1 << 20):
+            for chunk in answer.iter_content(1 << 16):
                 file.write(chunk)
                 done += len(chunk)
-                rate = (done - before) / max(time.time() - began, 1e-3)
-                print(f"\r{name}  {done / 1e6:,.1f} of {total / 1e6:,.1f} MB  {rate / 1e6:.1f} MB/s ", end="", flush=True)
+                now = time.time()
+                if now - shown > 0.2 or done == total:
+                    rate, shown = (done - before) / max(now - began, 1e-3), now
+                    print(f"\r{name}  {done / 1e6:,.1f} of {total / 1e6:,.1f} MB  {rate / 1e6:.1f} MB/s ", end="", flush=True)
         print()
         if done < total:                                   # requests itself does not notice a line that broke off
             raise requests.ConnectionError(f"{done} of {total} bytes")

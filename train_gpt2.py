@@ -901,7 +901,7 @@ def evaluate(args):
     device, preset = pick_device(), checkpoint.get("run", {}).get("preset", "gpt2")
     model.to(device)
     data = Path(args.data or ("data/tiny" if preset == "tiny" else "data/fineweb_edu"))
-    if preset == "tiny" and not data.exists():
+    if preset == "tiny" and not args.data:
         fineweb.make_tiny(data)
     recipe = RECIPES[preset]
     for name, tokens in find_shards(data)[1].items():
