@@ -15,10 +15,10 @@ import argparse
 import codecs
 import csv
 import functools
-import inspect
 import json
 import math
 import os
+import pickle
 import random
 import signal
 import sys
@@ -102,6 +102,8 @@ def attention(q, k, v, mask=None, is_causal=False):
 
 
 class MLP(nn.Module):
+    """Two linear layers with GELU between them (Hendrycks & Gimpel 2016, in the tanh form that GPT-2 uses)."""
+
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
@@ -223,13 +225,14 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_dir):
         """OpenAI's weights ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", fetched once), or a folder or .safetensors file in their layout."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
         path = fetch_openai(name_or_dir) if str(name_or_dir) in OPENAI else Path(name_or_dir)
         path = path / "model.safetensors" if path.is_dir() else path
         try:
             tensors = {name.removeprefix("transformer."): t for name, t in load_file(path).items()}
-        except Exception as error:                         # safetensors has one error class of its own, and raises others too
-            raise UserError(f"{path} is not a whole safetensors file ({type(error).__name__}): fetch or export it again") from None
+        except (SafetensorError, FileNotFoundError) as error:
+            raise UserError(f"{path} is not a whole safetensors file ({error}): fetch or export it again") from None
         try:
             V, C = tensors["wte.weight"].shape
             layers = sum(name.endswith("ln_1.weight") for name in tensors)
@@ -548,7 +551,7 @@ def read_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         version = checkpoint["format"]
-    except Exception as error:                             # a damaged file raises whatever the reader stumbled over
+    except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, TypeError, ValueError) as error:        # what a damaged file makes the reader stumble over
         other = path.with_name("ckpt.prev.pt")
         raise UserError(f"{path} is not a checkpoint of this program ({type(error).__name__}): " + (f"rename {other} to it" if other.exists() else "use --restart")) from None
     if version != FORMAT:
@@ -850,7 +853,7 @@ def finish(training, val, tokenizer, out, preset):
     for prompt in prompts:
         idx = torch.tensor([[tokenizer.eot_token, *tokenizer.encode_ordinary(prompt)]], device=training.device)
         generator = torch.Generator(training.device).manual_seed(0)
-        row = model.generate(idx, model.config.block_size - idx.size(1), temperature=0.8, top_k=50, stop=tokenizer.eot_token, generator=generator)[0, 1:].tolist()
+        row = model.generate(idx, min(model.config.block_size - idx.size(1), 200), temperature=0.8, top_k=50, stop=tokenizer.eot_token, generator=generator)[0, 1:].tolist()
         texts.append(tokenizer.decode([token for token in row if token != tokenizer.eot_token], errors="replace"))
     with fineweb.atomic_write(out / "samples.txt", "w", encoding="utf-8") as file:
         file.write(f"after step {training.step:,}\n" + "".join(f"\n--- {text}\n" for text in texts))
