@@ -749,8 +749,8 @@ def train(args):
     """Train, or go on with a run, until its last step; Ctrl-C and SIGTERM save and stop."""
     preset, data = choose_world(args)
     config, device, out = PRESETS[preset], pick_device(), Path(args.out or f"runs/{preset}")
-    recipe, tokenizer = choose_recipe(args, config, preset), fineweb.get_tokenizer("tiny" if preset == "tiny" else "gpt2")
-    tokens, val = find_shards(data)
+    recipe, (tokens, val) = choose_recipe(args, config, preset), find_shards(data)
+    tokenizer = fineweb.get_tokenizer("tiny" if preset == "tiny" else "gpt2")
     run = {"preset": preset, "tokenizer": tokenizer.name, "seed": args.seed, "batch_tokens": recipe.batch_tokens, "train_tokens": len(tokens)}
     found = next((out / name for name in ("ckpt.pt", "ckpt.prev.pt") if (out / name).exists()), None)
     checkpoint = read_checkpoint(found) if found and not args.restart else None
