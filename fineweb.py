@@ -8,7 +8,7 @@ Either way a folder of shards comes out, NAME_train_000001.bin … and NAME_val_
 A document begins with <|endoftext|>, and documents follow each other without padding, across the borders of shards too.
 
 Where nothing can be downloaded there is the tiny world, made here in seconds: the English that every Python carries, and
-short documents that describe pictures of coloured shapes. caption.py later shows those shapes to the same model.
+short documents that describe scenes of coloured shapes, which can also be drawn as pictures.
 
 The pieces that every file of this project needs stand first: errors, files that are never half-written, downloads.
 """
@@ -161,7 +161,7 @@ def file_digest(path, like):
 # ---------------------------------------------------------------------------------------------------------------------
 # The shapes world: scenes of coloured shapes, told in words
 #
-# A scene is two to four objects on a grid of 4 × 4 cells. Here it is text; coco_eval.py draws it. A language model learns
+# A scene is two to four objects on a grid of 4 × 4 cells. A language model learns
 # to look things up in its context only where that pays, so a scene document shows first what is there, then tells it:
 #
 #     <|endoftext|> . . . . red-circle red-circle . . BLUE-SQUARE BLUE-SQUARE . . …        map: 16 cells in reading order
