@@ -49,7 +49,7 @@ _TOKEN = re.compile(r"""
     | \d+:\d+(?=[ap]m\b)
     | \d+(?:[.,:]\d+)*\w*(?:[-/]\w+)*                                                                 # 1,000  10:30  1950s  6ft
     | \w+(?:['&/.-]\w+)*                                                                              # t-shirt  o'clock  at&t
-    | \.\.+ | --+ | \S
+    | \.\.+ | --+ | [^\s\U00010000-\U0010ffff]                                                       # emoji are dropped
     """, re.VERBOSE)
 _STRAIGHT = str.maketrans({"‘": "'", "’": "'", "´": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "."})
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}      # lower case, so they count as words
@@ -224,12 +224,12 @@ def meteor(references, candidates):
     The full METEOR 1.5 also matches synonyms and paraphrases, from tables of 60 MB; on COCO that adds some .01.
 
     Example, with the first reference: six words match in the two chunks "a red circle" and "a blue square". "a" and "and" are function
-    words: m = 4 · .75 + 2 · .25 = 3.5, l_c = 3.75, l_r = 4.25. P = .933, R = .824, F = .838, METEOR = .838 · (1 - .6 · (2/6)^.2) = .434.
+    words: m = 4 · .75 + 2 · .25 = 3.5, l_c = 3.75, l_r = 4.25. P = .933, R = .824, F = .838, METEOR = .838 · (1 - .6 · (2/6)^.2) = .435.
     The second reference is said whole, in one chunk of three: P = 1.75 / 3.75 = .467, R = 1, F = .854, METEOR = .442, so this one counts.
 
     Arguments and result as for bleu().
     """
-    rows = [max((_meteor_statistics(_split(reference), _split(candidate)) for reference in picture), key=_meteor_score)
+    rows = [max((_meteor_statistics(_split(reference), _split(candidate)) for reference in picture), key=lambda row: (_meteor_score(row), row))
             for picture, candidate in zip(references, candidates)]
     return {"METEOR": (_meteor_score(np.sum(rows, axis=0)), [_meteor_score(row) for row in rows])}
 
@@ -271,6 +271,7 @@ def align(reference, candidate, beam=40):
 
     A stem that occurs n times here and m times there makes min(n, m) pairs whatever is chosen; what is open is which, and that is
     searched from left to right. A state is (positions of the reference in use, the one used last); the best way to each is kept.
+    The limits, `beam` states and the 8 nearest positions, matter only where one word stands there again and again.
     """
     places, left = {}, Counter(map(stem, candidate))
     for j, word in enumerate(reference):
@@ -281,7 +282,8 @@ def align(reference, candidate, beam=40):
         left[stem(word)] -= 1
         for (used, last), (chunks, distance, pairs) in states.items():
             free = [j for j in here if not used >> j & 1]
-            ways = [((used | 1 << j, j), (chunks + (last is None or j != last + 1), distance + abs(i - j), (*pairs, (i, j)))) for j in free]
+            nearest = free if len(free) <= 8 else sorted(free, key=lambda j: (last is None or j != last + 1, abs(i - j)))[:8]
+            ways = [((used | 1 << j, j), (chunks + (last is None or j != last + 1), distance + abs(i - j), (*pairs, (i, j)))) for j in nearest]
             if left[stem(word)] >= len(free):              # enough of this word follow: it may stay without a partner
                 ways.append(((used, None), (chunks, distance, pairs)))
             for key, way in ways:
@@ -291,17 +293,19 @@ def align(reference, candidate, beam=40):
     return list(min(states.values())[2])
 
 
-_ENDINGS = [(re.compile(pattern), instead) for pattern, instead in (
-    (r"'s?$", ""), (r"(ss|i)es$", r"\1"), (r"(..[^su])s$", r"\1"),                                                     # dog's, glasses, cats
-    (r"([aeiouy].*)(ing|ed|ingly|edly)$", r"\1+"), (r"([bdfgmnprt])\1\+$", r"\1"), (r"(at|bl|iz)\+$", r"\1e"), (r"\+$", ""),     # sitting, parked
-    (r"([^aeiouy])y$", r"\1i"), (r"([aeiouy].*)ly$", r"\1"), (r"(......)(er|al|ic|or|ment)$", r"\1"), (r"([aeiouy].+)e$", r"\1"), (r"ll$", "l"))]
+_ENDINGS = [(re.compile(pattern), rest) for pattern, rest in (
+    (r"^skies$", "sky"), (r"'s?$", ""), (r"(ss|i)es$", r"\1"), (r"(..[^su])s$", r"\1"),                        # dog's, glasses, cats
+    (r"([aeiouy].*)(ing|ed|ingly|edly)$", r"\1+"),                                                              # + marks what is mended next:
+    (r"([bdfgmnprt])\1\+$", r"\1"), (r"(at|bl|iz|^[^aeiouy]*[aeiouy][^aeiouywx])\+$", r"\1e"), (r"\+$", ""),    # sitting, riding, parked
+    (r"([^aeiouy])(?<!^sk)y$", r"\1i"), (r"([aeiouy].*)ly$", r"\1"), (r"(......)(er|al|ic|or|ment)$", r"\1"),
+    (r"^(?![^aeiouy]*[aeiouy][^aeiouywx]e$)(.*[aeiouy].+)e$", r"\1"), (r"ll$", "l"))]
 
 
 @lru_cache(maxsize=100_000)
 def stem(word):
-    """A word without its ending, as Porter's rules leave it in most cases: cats → cat, riding and rides → rid, cities → citi."""
-    for ending, instead in _ENDINGS:
-        word = ending.sub(instead, word)
+    """A word without its ending, as Porter's second stemmer leaves it in most cases: cats → cat, riding and rides → ride, cities → citi."""
+    for ending, rest in _ENDINGS:
+        word = ending.sub(rest, word)
     return word
 
 

@@ -5,16 +5,20 @@ Where an oracle exists, it is the judge: transformers, a float64 or brute-force 
 REAL_DATA names a folder of real data; tests that need it, or a package that is not installed, are skipped by name.
 """
 import contextlib
+import hashlib
 import http.server
+import io
 import json
 import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +27,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+import coco_eval
 import fineweb
 import train_gpt2
 from fineweb import UserError
@@ -484,7 +489,6 @@ BODY = random.Random(0).randbytes(400_000)
 
 
 def test_download_goes_on_where_it_broke_off(server, tmp_path):
-    import hashlib
     server.files, server.behave = {"/a/b": BODY}, ["break off", "503", "break off", "no ranges"]
     path = fineweb.download("https://example.org/a/b", tmp_path / "b", len(BODY), hashlib.sha256(BODY).hexdigest())
     assert path.read_bytes() == BODY and server.ranges == [0, 65536, 65536, 131072]          # whole pieces of 64 KiB are kept
@@ -494,7 +498,6 @@ def test_download_goes_on_where_it_broke_off(server, tmp_path):
 
 
 def test_download_refuses_what_is_wrong(server, tmp_path):
-    import hashlib
     server.files = {"/a": BODY}
     for size, digest in ((len(BODY) - 1, None), (len(BODY), hashlib.md5(b"").hexdigest()), (None, hashlib.sha256(b"").hexdigest())):
         with pytest.raises(UserError, match="not the expected one"):
@@ -647,6 +650,358 @@ def test_curves_are_drawn(tmp_path):
     assert {(255, 255, 255), (0x94, 0xa3, 0xb8)} <= colours
     assert train_gpt2.nice_ticks([3, 97]) == (0, 100, 20) and train_gpt2.nice_ticks([0.251, 0.309]) == pytest.approx((0.25, 0.31, 0.01))
     assert train_gpt2.nice_ticks([5, 5])[1] > 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores of captions
+
+CANDIDATE, REFERENCES = "a red circle and a blue square", ["a red circle above a blue square", "a blue square"]
+ODD_CAPTIONS = ["", "A", "two dogs", "A dog's t-shirt, isn't it?", "I cannot; they're gonna (maybe) [go] {now}!", "line\none\rtwo\vthree\ffour\x85five\u2028six\u2029seven",
+                "a ||| b", "caf\u00e9 na\u00efve \u732b\u304c\u5ea7\u308b \U0001f600 cat", "\u201cquoted\u201d and \u2018single\u2019", "B & W, AT&T &amp; co", "$5 for 50% at 3:30pm", "a--b - c ... d..",
+                "1,000 birds over 3.5 miles at 10:30", "w/ milk half-full/half-empty 1/2", "Mr. Smith of St. Paul, U.S., at 5 a.m.", "the dogs' o'clock 1950s 12th"]
+
+
+@pytest.fixture(scope="session")
+def official():
+    """The official scorer's parts: its tokeniser, its scores, METEOR 1.5 as it is, and METEOR 1.5 without tables."""
+    pytest.importorskip("pycocoevalcap", reason="needs pycocoevalcap")
+    if not shutil.which("java"):
+        pytest.skip("needs Java, which pycocoevalcap runs")
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.meteor.meteor import Meteor
+    from pycocoevalcap.rouge.rouge import Rouge
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    def tokens(captions):
+        clean = {i: [{"caption": " ".join(caption.split())}] for i, caption in enumerate(captions)}
+        return [words[0].replace("\xa0", " ").split() for words in PTBTokenizer().tokenize(clean).values()]
+
+    def joined(references, candidates):
+        return {id: [" ".join(r) for r in references[id]] for id in candidates}, {id: [" ".join(c)] for id, c in candidates.items()}
+
+    def scores(references, candidates):
+        with contextlib.redirect_stdout(None):
+            pair = joined(references, candidates)
+            (b, bs), (c, cs), (r, rs) = Bleu(4).compute_score(*pair, verbose=0), Cider().compute_score(*pair), Rouge().compute_score(*pair)
+        return dict(zip(METRICS, [c, *b, r])), dict(zip(METRICS, [cs, *bs, rs]))
+
+    def start_meteor(*options):
+        popen = subprocess.Popen
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(subprocess, "Popen", lambda command, **more: popen([*command, *options], **more))
+            jar = Meteor()
+        return lambda references, candidates: jar.compute_score(*joined(references, candidates))
+
+    return {"tokens": tokens, "scores": scores, "full METEOR": start_meteor(),
+            "METEOR": start_meteor("-m", "exact stem", "-w", "1.0 0.6", "-p", "0.85 0.2 0.6 0.75")}
+
+
+METRICS = ["CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L"]
+
+
+def leave_one_out():
+    """COCO val2017's captions: each picture's first as a candidate, the others as references."""
+    captions = coco_eval.read_references(REAL / "coco/captions_val2017.json")
+    return {id: c[1:] for id, c in captions.items()}, {id: c[0] for id, c in captions.items()}
+
+
+def assert_equals_official(official, references, candidates):
+    ours, (corpus, pictures) = coco_eval.score_tokens(references, candidates), official["scores"](references, candidates)
+    for metric in METRICS:
+        assert ours["corpus"][metric] == pytest.approx(corpus[metric], abs=1e-8), metric
+        np.testing.assert_allclose([p[metric] for p in ours["per_image"].values()], pictures[metric], atol=1e-8, err_msg=metric)
+    return ours
+
+
+@real_data
+def test_scores_equal_the_official_ones_on_all_of_val2017(official):
+    references, candidates = leave_one_out()
+    captions = [c for id in candidates for c in (candidates[id], *references[id])]
+    theirs = official["tokens"](captions)
+    different = sum(coco_eval.tokenize(c) != t for c, t in zip(captions, theirs))
+    assert len(captions) == 25_014 and different <= 25     # 99.9 %
+    words = iter(theirs)
+    tokens = {id: [next(words) for _ in range(1 + len(references[id]))] for id in candidates}
+    ours = assert_equals_official(official, {id: t[1:] for id, t in tokens.items()}, {id: t[0] for id, t in tokens.items()})
+    meteor, meteors = official["METEOR"]({id: t[1:] for id, t in tokens.items()}, {id: t[0] for id, t in tokens.items()})
+    assert abs(ours["corpus"]["METEOR"] - meteor) < 5e-4
+    assert np.corrcoef([p["METEOR"] for p in ours["per_image"].values()], meteors)[0, 1] > 0.999
+    raw = coco_eval.evaluate(references, candidates)["corpus"]                   # from raw captions, with our own tokens
+    gaps = {metric: abs(raw[metric] - ours["corpus"][metric]) for metric in METRICS}
+    full, fulls = official["full METEOR"]({id: t[1:] for id, t in tokens.items()}, {id: t[0] for id, t in tokens.items()})
+    meteors_here = [p["METEOR"] for p in ours["per_image"].values()]
+    print(f"\n{different} of {len(captions):,} captions have other tokens; from raw captions: "
+          + ", ".join(f"{metric} {raw[metric]:.4f} (gap {gap:.1e})" for metric, gap in gaps.items())
+          + f"\nMETEOR {ours['corpus']['METEOR']:.4f}, without tables {meteor:.4f} (r {np.corrcoef(meteors_here, meteors)[0, 1]:.4f}), "
+          f"full {full:.4f} (r {np.corrcoef(meteors_here, fulls)[0, 1]:.3f}; of the one without tables {np.corrcoef(meteors, fulls)[0, 1]:.3f})")
+    assert gaps.pop("CIDEr") < 1e-3 and max(gaps.values()) < 3e-4
+
+
+@real_data
+def test_meteor_equals_the_one_without_tables_and_orders_systems_as_the_full_one(official):
+    references, people = leave_one_out()
+    systems = [coco_eval.read_results(path) for path in sorted((REAL / "coco").glob("*_results.json"))]
+    ids = sorted(set.intersection(*map(set, systems)))
+    rng = random.Random(0)
+    made = [lambda words: words, lambda words: words[:6], lambda words: rng.sample(words, len(words)), lambda words: words[:4] * 3]
+    systems += [{id: " ".join(change(people[id].split())) for id in ids} for change in made] + [dict(zip(ids, (people[id] for id in ids[1:] + ids[:1])))]
+    captions = list(dict.fromkeys(c for id in ids for c in (*references[id], *(system[id] for system in systems))))
+    words = dict(zip(captions, official["tokens"](captions)))
+    rows = []
+    for system in systems:
+        pair = {id: [words[c] for c in references[id]] for id in ids}, {id: words[system[id]] for id in ids}
+        scores = assert_equals_official(official, *pair)
+        ours = scores["corpus"]["METEOR"], [p["METEOR"] for p in scores["per_image"].values()]
+        without, full = official["METEOR"](*pair), official["full METEOR"](*pair)
+        assert abs(ours[0] - without[0]) < 1e-3 and np.corrcoef(ours[1], without[1])[0, 1] > 0.99
+        rows.append([[ours[0], *ours[1]], [full[0], *full[1]]])
+    ours, full = np.array(rows).transpose(1, 0, 2)
+    gaps = ours[:, 0] - full[:, 0]
+    print(f"\nMETEOR over {len(systems)} systems: r {np.corrcoef(ours[:, 0], full[:, 0])[0, 1]:.4f} with the full one, {gaps.min():.3f} to {gaps.max():.3f} lower; "
+          f"over all their captions r {np.corrcoef(ours[:, 1:].ravel(), full[:, 1:].ravel())[0, 1]:.3f}")
+    assert np.corrcoef(ours[:, 0], full[:, 0])[0, 1] > 0.99 and (ours[:, 0] < full[:, 0]).all()
+    assert np.corrcoef(ours[:, 1:].ravel(), full[:, 1:].ravel())[0, 1] > 0.95
+
+
+def test_odd_captions_equal_the_official_ones(official):
+    theirs = official["tokens"](ODD_CAPTIONS)
+    assert [coco_eval.tokenize(c) for c in ODD_CAPTIONS] == theirs
+    references = {i: [theirs[i] or ["a"], ["two", "dogs"], theirs[i - 1]] for i in range(len(theirs))}
+    assert_equals_official(official, references, dict(enumerate(theirs)))
+    for one in ({0: [["two", "dogs"]]}, {0: [["a"]], 1: [["a"]]}):               # a single picture; all with the same references
+        assert_equals_official(official, one, {id: ["a", "dog"] for id in one})
+        assert_equals_official(official, one, {id: one[id][0] for id in one})
+        assert_equals_official(official, one, {id: [] for id in one})
+
+
+def test_tokens_by_hand():
+    assert coco_eval.tokenize("A dog's t-shirt, isn't it?") == ["a", "dog", "'s", "t-shirt", "is", "n't", "it"]
+    assert coco_eval.tokenize("I cannot (go)\u2028at 10:30 a.m.\nB & W &amp; \u201c1,000\u201d -- 50%!") == "i can not -lrb- go -rrb- at 10:30 a.m. b & w & 1,000 50 %".split()
+    assert coco_eval.tokenize("") == coco_eval.tokenize(" ...\n") == []
+
+
+def test_the_worked_examples_of_the_docstrings():
+    references, candidate = [[r.split() for r in REFERENCES]], [CANDIDATE.split()]
+    assert coco_eval.bleu(references, candidate)["BLEU-2"][0] == pytest.approx(0.756, abs=5e-4)
+    assert coco_eval.rouge_l(references, candidate)["ROUGE-L"][0] == pytest.approx(0.936, abs=5e-4)
+    assert coco_eval.meteor([references[0][:1]], candidate)["METEOR"][0] == pytest.approx(0.4345, abs=5e-4)
+    assert coco_eval.meteor(references, candidate)["METEOR"][0] == pytest.approx(0.442, abs=5e-4)
+    cider = coco_eval.cider([["a blue square".split()], ["a red circle".split()]], [["a", "square"], ["a"]])["CIDEr"]
+    assert cider[1][0] == pytest.approx(1.743, abs=5e-4) and cider[0] == np.mean(cider[1])
+
+
+def test_saying_a_word_again_gains_nothing():
+    references, clipped = [["two", "dogs"]], coco_eval.bleu([[["two", "dogs"]]], [["dogs"] * 4])
+    assert clipped["BLEU-1"][0] == pytest.approx(1 / 4)
+    once, thrice = (coco_eval.cider([*[references], [["a", "cat"]]], [words, ["a"]])["CIDEr"][1][0] for words in (["dogs", "x", "y"], ["dogs"] * 3))
+    assert once == pytest.approx(10 / 4 * 1 / math.sqrt(3) / math.sqrt(2) * math.exp(-1 / 72))
+    assert thrice == pytest.approx(10 / 4 * 1 / 3 / math.sqrt(2) * math.exp(-1 / 72))
+
+
+def shapes_captions(number, seed=0):
+    rng = random.Random(seed)
+    told = [fineweb.captions(fineweb.random_scene(rng), rng) for _ in range(number)]
+    return {i: t[1:] for i, t in enumerate(told)}, {i: t[0] for i, t in enumerate(told)}
+
+
+def test_scores_do_not_depend_on_order_or_the_type_of_ids():
+    references, candidates = shapes_captions(40)
+    scores = coco_eval.evaluate(references, candidates)
+    other = coco_eval.evaluate({str(id): references[id][::-1] for id in reversed(references)}, {id: candidates[id] for id in sorted(candidates, reverse=True)})
+    assert all(other["corpus"][m] == pytest.approx(value, abs=1e-12) for m, value in scores["corpus"].items())
+    assert all(other["per_image"][id][m] == pytest.approx(value, abs=1e-12) for id, picture in scores["per_image"].items() for m, value in picture.items())
+    half = coco_eval.evaluate(references, {id: candidates[id] for id in range(20)})          # other pictures' references do not matter
+    assert half == coco_eval.evaluate({id: references[id] for id in range(20)}, {id: candidates[id] for id in range(20)})
+
+
+def test_a_perfect_candidate_has_full_marks():
+    references, _ = shapes_captions(40)
+    scores = coco_eval.evaluate({id: r[3:] for id, r in references.items()}, {id: r[3] for id, r in references.items()})
+    assert scores["corpus"].pop("CIDEr") == pytest.approx(10) and all(picture["METEOR"] == 1 for picture in scores["per_image"].values())
+    del scores["corpus"]["METEOR"]                         # the corpus has more chunks than one, so the official formula does not give 1
+    assert all(value == pytest.approx(1) for value in scores["corpus"].values())
+    assert not any(coco_eval.evaluate({1: ["a red cross"], 2: ["two dogs"]}, {1: "", 2: "zebra"})["per_image"][id]["METEOR"] for id in (1, 2))
+
+
+def test_alignment_equals_brute_force():
+    rng = random.Random(0)
+
+    def all_ways(reference, candidate, i=0, used=()):
+        if i == len(candidate):
+            return [()]
+        ways = all_ways(reference, candidate, i + 1, used)
+        for j, word in enumerate(reference):
+            if j not in used and coco_eval.stem(word) == coco_eval.stem(candidate[i]):
+                ways = ways + [((i, j), *rest) for rest in all_ways(reference, candidate, i + 1, (*used, j))]
+        return ways
+
+    for _ in range(150):
+        reference, candidate = (rng.choices(["a", "dog", "dogs", "the", "on"], k=rng.randint(0, 6)) for _ in range(2))
+        key = lambda pairs: (-len(pairs), coco_eval.count_chunks(list(pairs)), sum(abs(i - j) for i, j in pairs))
+        best = min(all_ways(reference, candidate), key=key)
+        assert key(coco_eval.align(reference, candidate)) == key(best), (reference, candidate)
+    assert len(coco_eval.align(["a"] * 500, ["a"] * 200)) == 200                # a caption that never stops does not take for ever
+
+
+def test_common_subsequence_equals_brute_force():
+    from itertools import combinations
+    rng = random.Random(0)
+    for _ in range(50):
+        a, b = (rng.choices("abc", k=rng.randint(0, 7)) for _ in range(2))
+        longest = max(n for n in range(8) if set(combinations(a, n)) & set(combinations(b, n)))
+        assert coco_eval._common_subsequence(a, b) == longest
+
+
+def write_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def test_scoring_from_the_command_line(tmp_path):
+    references, candidates = shapes_captions(12)
+    told = write_json(tmp_path / "references.json", {"annotations": [{"image_id": id, "caption": c} for id, captions in references.items() for c in captions]})
+    good = write_json(tmp_path / "good.json", [{"image_id": id, "caption": references[id][0]} for id in range(10)])
+    poor = write_json(tmp_path / "poor.json", [{"image_id": id, "caption": candidates[id]} for id in range(9)])
+    process = run("coco_eval.py", "--references", told, "--results", good, cwd=tmp_path)
+    expected = coco_eval.evaluate(references, {id: references[id][0] for id in range(10)})
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert process.returncode == 0 and "10 of 12 pictures scored" in process.stdout and f"{expected['corpus']['METEOR']:.4f}" in process.stdout, process.stderr
+    assert "METEOR (exact + stem)" in process.stdout and scores == json.loads(json.dumps(expected))
+    process = run("coco_eval.py", "--references", told, "--results", poor, good, "--out", tmp_path / "two.json", cwd=tmp_path)
+    assert process.stdout.index("good.json") < process.stdout.index("poor.json") and "cannot be compared" in process.stdout
+
+
+@pytest.mark.parametrize("results, words", [
+    ("[]", "no caption"), ("{", "JSON"), ('{"a": 1}', "list of captions"), ('[{"image_id": 1}]', "entry 1"), ('[{"image_id": 1, "caption": 3}]', "entry 1"),
+    ('[{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}]', "two captions for picture 1"),
+    ('[{"image_id": 7, "caption": "a"}]', "picture 7"), ('[{"image_id": 1, "caption": "a"}, {"image_id": "1", "caption": "b"}]', "type")])
+def test_wrong_results_are_one_line(results, words, tmp_path, capsys):
+    references = write_json(tmp_path / "references.json", {"annotations": [{"image_id": 1, "caption": "a dog"}]})
+    with pytest.raises(UserError, match=words):
+        coco_eval.score_files(references, [write_json(tmp_path / "results.json", results)], tmp_path / "scores.json")
+    assert not (tmp_path / "scores.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures with captions
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory):
+    """A small shapes world on disk."""
+    folder = tmp_path_factory.mktemp("shapes") / "shapes"
+    coco_eval.make_shapes(folder, images=300)
+    return folder
+
+
+def test_the_shapes_world_is_drawn_as_it_is_told(shapes, tmp_path):
+    train, val = (coco_eval.read_dataset(shapes, split) for split in ("train", "val"))
+    pairs = [{(o["colour"], o["shape"]) in fineweb.UNSEEN for o in p["scene"]["objects"]} for p in train + val]
+    assert len(train) == 300 and len(val) == 750 and not any(True in p for p in pairs[:800]) and all(True in p for p in pairs[800:])
+    for picture in train[:100]:
+        assert len(set(picture["captions"])) == 5
+        assert all(fact is not False for c in picture["captions"] for fact in fineweb.facts(c, picture["scene"]).values())
+        pixels = np.asarray(coco_eval.load_image(picture["path"]), dtype=int)
+        for thing in picture["scene"]["objects"]:          # its colour is in its cell
+            cell = pixels[16 * thing["row"]:16 * thing["row"] + 16, 16 * thing["col"]:16 * thing["col"] + 16]
+            near = np.abs(cell - coco_eval.PAINT[thing["colour"]]).max(-1) < 6
+            assert near.sum() > 20, thing
+    coco_eval.make_shapes(tmp_path / "again", images=300)
+    files = sorted(p.relative_to(shapes) for p in shapes.rglob("*") if p.is_file())
+    assert len(files) == 1052 and all((shapes / f).read_bytes() == (tmp_path / "again" / f).read_bytes() for f in files)
+    with pytest.raises(UserError, match="not empty"):
+        coco_eval.make_shapes(shapes)
+
+
+def test_a_folder_of_own_pictures(tmp_path):
+    images = [{"id": i, "file_name": f"{i}.png"} for i in range(20)]
+    content = {"images": images + [{"id": 99, "file_name": "silent.png"}], "annotations": [{"image_id": i, "caption": f"number {i}"} for i in range(20)]}
+    path = write_json(tmp_path / "annotations/captions.json", content)
+    train, val = (coco_eval.read_dataset(tmp_path, split) for split in ("train", "val"))
+    assert [p["id"] for p in val] == [9, 19] and len(train) == 18 and val[0] == {"id": 9, "path": tmp_path / "images/9.png", "captions": ["number 9"], "scene": None}
+    for wrong, words in (({"annotations": []}, "images"), ({**content, "images": images[:1] * 2}, "twice"), ({**content, "images": images[1:]}, "picture 0"),
+                         ({"images": images, "annotations": []}, "no captions"), ({"images": [{"id": 1}]}, "file_name"),
+                         ({"images": [{"id": 1, "file_name": "../../etc/passwd"}], "annotations": []}, "leads out")):
+        write_json(path, wrong)
+        with pytest.raises(UserError, match=words):
+            coco_eval.read_dataset(tmp_path, "train")
+    with pytest.raises(UserError, match="COCO's layout"):
+        coco_eval.read_dataset(tmp_path / "images", "train")
+
+
+def archive(files):
+    body = io.BytesIO()
+    with zipfile.ZipFile(body, "w") as zipped:
+        for name, content in files.items():
+            zipped.writestr(name, content)
+    return body.getvalue()
+
+
+def test_coco_is_fetched_unpacked_and_left_alone(server, tmp_path, monkeypatch):
+    body = {"annotations": archive({"annotations/captions_val2017.json": "{}", "annotations/instances_val2017.json": "{}"}),
+            "val2017": archive({f"val2017/{i}.jpg": BODY[:3000] for i in range(50)}), "train2017": archive({"train2017/1.jpg": BODY[:100]})}
+    archives = [(name, address, len(body[name]), hashlib.md5(body[name]).hexdigest()) for name, address, _, _ in coco_eval.ARCHIVES]
+    monkeypatch.setattr(coco_eval, "ARCHIVES", archives)
+    server.files = {f"/images.cocodataset.org/{address}": body[name] for name, address, _, _ in archives}
+    server.behave = ["", "break off", "503"]
+    coco_eval.download_coco(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["annotations", "train2017", "val2017"] and len(list((tmp_path / "val2017").iterdir())) == 50
+    asked = len(server.ranges)
+    coco_eval.download_coco(tmp_path)
+    assert len(server.ranges) == asked                     # what is there is not fetched again
+    monkeypatch.setattr(coco_eval, "ARCHIVES", [("train2017", "zips/train2017.zip", 10 ** 15, "0" * 32)])
+    with pytest.raises(UserError, match="GB are needed"):
+        coco_eval.download_coco(tmp_path / "other")
+
+
+@pytest.mark.parametrize("body, words", [(archive({"val2017/../../out.txt": "x"}), "leads out"), (archive({"/etc/out.txt": "x"}), "leads out"),
+                                         (archive({"other/1.jpg": "x"}), "no folder val2017"), (b"PK no archive", "cannot be unpacked")])
+def test_archives_that_are_not_right(body, words, tmp_path):
+    (tmp_path / "a.zip").write_bytes(body)
+    with pytest.raises(UserError, match=words):
+        coco_eval.unpack(tmp_path / "a.zip", tmp_path / "coco", "val2017")
+    assert not (tmp_path / "coco/val2017").exists() and not (tmp_path / "out.txt").exists()
+
+
+def test_pictures_of_every_kind_are_read_right(tmp_path):
+    ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(1, 64).repeat(4, 0)
+    left_red = Image.new("RGB", (8, 4), "white")
+    left_red.paste((255, 0, 0), (0, 0, 2, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 6                                       # shown turned by 90° clockwise: left becomes top
+    half = Image.new("RGBA", (4, 4), (0, 0, 255, 0))
+    half.paste((0, 0, 255, 255), (0, 0, 2, 4))
+    Image.fromarray(ramp).save(tmp_path / "16.png")
+    left_red.save(tmp_path / "turned.png", exif=exif)
+    left_red.convert("CMYK").save(tmp_path / "cmyk.tif")
+    half.save(tmp_path / "half.png")
+    half.convert("RGB").quantize(4).save(tmp_path / "palette.png", transparency=0)
+    left_red.save(tmp_path / "moving.gif", save_all=True, append_images=[Image.new("RGB", (8, 4), "black")])
+    image = {path.stem: np.asarray(coco_eval.load_image(path)) for path in tmp_path.iterdir()}
+    assert all(i.dtype == np.uint8 and i.shape[2] == 3 for i in image.values())
+    assert np.abs(image["16"][0, :, 0] - np.linspace(0, 255, 64)).max() <= 1     # scaled, not clipped
+    assert image["turned"].shape == (8, 4, 3) and (image["turned"][0] == (255, 0, 0)).all() and (image["turned"][-1] == 255).all()
+    assert (image["half"][:, 0] == (0, 0, 255)).all() and (image["half"][:, 3] == 255).all()
+    assert (image["cmyk"][0, 0] == (255, 0, 0)).all() and (image["moving"][0, -1] > 250).all() and (image["palette"] == 255).all(-1).any()
+
+
+@real_data
+def test_odd_pictures_are_read_or_refused_by_name():
+    for entry in json.loads((REAL / "odd-images/manifest.json").read_text()):
+        path = REAL / "odd-images" / entry["file"]
+        if entry["decodes"]:
+            width, height = entry["size"][::-1] if entry["exif_orientation"] in (5, 6, 7, 8) else entry["size"]
+            image = coco_eval.load_image(path)
+            assert image.mode == "RGB" and image.size == (width, height), entry
+        else:
+            with pytest.raises(UserError, match=entry["file"]):
+                coco_eval.load_image(path)
+    upright, turned = (np.asarray(coco_eval.load_image(REAL / "odd-images" / f"hopper{name}.jpg"), dtype=float) for name in ("", "_orientation_6"))
+    assert np.abs(upright - turned).mean() < 12            # the same person, whichever way the file is turned
+    ramp = np.asarray(coco_eval.load_image(REAL / "odd-images/pngsuite_basn0g16.png"))
+    assert len(np.unique(ramp)) > 30                       # clipping would leave white
 
 
 # ---------------------------------------------------------------------------------------------------------------------
