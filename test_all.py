@@ -794,6 +794,7 @@ def test_the_worked_examples_of_the_docstrings():
 def test_saying_a_word_again_gains_nothing():
     references, clipped = [["two", "dogs"]], coco_eval.bleu([[["two", "dogs"]]], [["dogs"] * 4])
     assert clipped["BLEU-1"][0] == pytest.approx(1 / 4)
+    assert coco_eval.bleu([[["dogs"] * 2]], [["dogs", "cat"]])["BLEU-1"][0] == pytest.approx(1 / 2)
     once, thrice = (coco_eval.cider([*[references], [["a", "cat"]]], [words, ["a"]])["CIDEr"][1][0] for words in (["dogs", "x", "y"], ["dogs"] * 3))
     assert once == pytest.approx(10 / 4 * 1 / math.sqrt(3) / math.sqrt(2) * math.exp(-1 / 72))
     assert thrice == pytest.approx(10 / 4 * 1 / 3 / math.sqrt(2) * math.exp(-1 / 72))
