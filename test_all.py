@@ -348,7 +348,7 @@ def test_many_such_losses_stop_the_run(tmp_path):
     training = some_training(tmp_path, steps=40, log_every=20)
     training.net = lambda x, y: (None, training.raw(x, y)[1] * math.inf)
     with pytest.raises(UserError, match="10 steps in a row.*ckpt.pt"):
-        train_gpt2.loop(training, {}, fineweb.get_tokenizer("tiny"), tmp_path, {})
+        train_gpt2.loop(training, dict, [], tmp_path, {}, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

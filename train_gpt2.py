@@ -414,13 +414,14 @@ class Recipe:
     steps: int
     batch_tokens: int             # tokens for each update of the weights
     micro_batch: int              # windows that are computed at once; their gradients add up until batch_tokens are there
-    lr: float                     # the highest learning rate; the lowest is a tenth of it
+    lr: float                     # the highest learning rate
     warmup: int
     eval_every: int = 250
     eval_tokens: int = 10_485_760
     log_every: int = 10
     weight_decay: float = 0.1
     clip: float = 1.0
+    floor: float = 0.1            # the lowest learning rate as a share of the highest
 
 
 RECIPES = {                 #   steps, tokens a step, micro-batch, lr, warm-up
@@ -434,11 +435,11 @@ RECIPES = {                 #   steps, tokens a step, micro-batch, lr, warm-up
 
 
 def learning_rate(step, recipe):
-    """Linear warm-up, then a cosine down to a tenth (Brown et al. 2020, appendix B)."""
+    """Linear warm-up, then a cosine down to `floor` of the highest, a tenth in Brown et al. 2020, appendix B."""
     if step < recipe.warmup:
         return recipe.lr * (step + 1) / recipe.warmup
     progress = min((step - recipe.warmup) / max(recipe.steps - recipe.warmup, 1), 1)
-    return recipe.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+    return recipe.lr * (recipe.floor + (1 - recipe.floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def make_optimizer(model, recipe):
@@ -686,27 +687,16 @@ def choose_recipe(args, config, preset):
     return Recipe(**{**asdict(recipe), "micro_batch": micro})
 
 
-class Training:
-    """What a step changes: weights, optimizer, position in the data, and the count of skipped steps."""
+class Updates:
+    """What a step changes: weights, optimizer, and the count of skipped steps. A subclass says what a step learns from: load(step)."""
 
-    def __init__(self, model, recipe, tokens, seed, device):
-        self.raw, self.net, self.recipe, self.device = model, compiled(model, device), recipe, device
+    def __init__(self, model, recipe, device, net):
+        """model: what is trained and saved. net: called with a micro-batch, gives (…, loss)."""
+        self.raw, self.net, self.recipe, self.device = model, net, recipe, device
         self.optimizer = make_optimizer(model, recipe)
         self.step, self.seconds = 0, 0.0
         self.skipped, self.streak, self.worst = (torch.zeros((), device=device) for _ in range(3))
-        self.tokens, self.seed = tokens, seed
         self.thread, self.ahead = ThreadPoolExecutor(1), None
-
-    def load(self, step):
-        """The micro-batches of a step: [(inputs, targets, share of the step's targets)]."""
-        T = self.raw.config.block_size
-        windows = step_windows(self.seed, step, self.recipe.batch_tokens // T, self.tokens.windows(T))
-        vocab = self.raw.config.vocab_size - self.raw.config.vocab_padding
-        batches = [self.tokens.batch(part, T, vocab) for part in windows.reshape(-1, self.recipe.micro_batch)]
-        targets = sum(int((y >= 0).sum()) for _, y in batches)
-        if self.device == "cuda":
-            batches = [(x.pin_memory(), y.pin_memory()) for x, y in batches]
-        return [(x, y, int((y >= 0).sum()) / targets) for x, y in batches]
 
     def update(self):
         """One step; returns its loss and gradient norm, still on the device, so that nobody waits for them.
@@ -726,7 +716,7 @@ class Training:
         norm = nn.utils.clip_grad_norm_(self.raw.parameters(), self.recipe.clip)
         bad = (~torch.isfinite(norm + total)).float()
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.recipe)
+            group["lr"] = learning_rate(self.step, self.recipe) * group.get("times", 1.0)
         self.optimizer.found_inf = bad
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -745,6 +735,26 @@ class Training:
         self.optimizer.load_state_dict(checkpoint["optimizer"])
 
 
+class Training(Updates):
+    """Updates of a GPT from windows of tokens."""
+    unit = "tokens"               # what its speed is counted in
+
+    def __init__(self, model, recipe, tokens, seed, device):
+        super().__init__(model, recipe, device, compiled(model, device))
+        self.tokens, self.seed, self.per_step = tokens, seed, recipe.batch_tokens
+
+    def load(self, step):
+        """The micro-batches of a step: [(inputs, targets, share of the step's targets)]."""
+        T = self.raw.config.block_size
+        windows = step_windows(self.seed, step, self.recipe.batch_tokens // T, self.tokens.windows(T))
+        vocab = self.raw.config.vocab_size - self.raw.config.vocab_padding
+        batches = [self.tokens.batch(part, T, vocab) for part in windows.reshape(-1, self.recipe.micro_batch)]
+        targets = sum(int((y >= 0).sum()) for _, y in batches)
+        if self.device == "cuda":
+            batches = [(x.pin_memory(), y.pin_memory()) for x, y in batches]
+        return [(x, y, int((y >= 0).sum()) / targets) for x, y in batches]
+
+
 def train(args):
     """Train, or go on with a run, until its last step; Ctrl-C and SIGTERM save and stop."""
     preset, data = choose_world(args)
@@ -752,12 +762,8 @@ def train(args):
     recipe, (tokens, val) = choose_recipe(args, config, preset), find_shards(data)
     tokenizer = fineweb.get_tokenizer("tiny" if preset == "tiny" else "gpt2")
     run = {"preset": preset, "tokenizer": tokenizer.name, "seed": args.seed, "batch_tokens": recipe.batch_tokens, "train_tokens": len(tokens)}
-    found = next((out / name for name in ("ckpt.pt", "ckpt.prev.pt") if (out / name).exists()), None)
-    checkpoint = read_checkpoint(found) if found and not args.restart else None
+    checkpoint = unfinished(out, run) if not args.restart else None
     if checkpoint:
-        for key, value in run.items():
-            if checkpoint["run"][key] != value:
-                raise UserError(f"{found} was made with {key} {checkpoint['run'][key]}, not {value}: keep to it, choose another --out, or begin anew with --restart")
         if checkpoint["step"] >= recipe.steps:
             print(f"{out} is finished ({checkpoint['step']:,} steps). To begin anew: --restart; to look at it: python train_gpt2.py --sample \"The \" --ckpt {out / 'ckpt.pt'}")
             return
@@ -769,8 +775,31 @@ def train(args):
     if checkpoint:
         training.restore(checkpoint)
     describe(preset, data, out, device, model, recipe, tokens, training.step)
-    loop(training, val, tokenizer, out, run)
+
+    def validate():
+        scores = {name: validation_loss(model, shards, tokenizer, recipe.eval_tokens, recipe.micro_batch, device) for name, shards in val.items()}
+        print("           " + "   ".join(f"{name} {score['loss']:.4f} nats a token, {score['bits']:.3f} bits a byte" for name, score in scores.items()), flush=True)
+        return {f"val_{name}": score["loss"] for name, score in scores.items()}
+
+    loop(training, validate, [f"val_{name}" for name in val], out, {"config": asdict(config), "run": run}, flops_per_token(config))
     finish(training, val, tokenizer, out, preset)
+
+
+def unfinished(out, run):
+    """The checkpoint in a run's folder, or None. Raises UserError when it is one of another run."""
+    found = next((out / name for name in ("ckpt.pt", "ckpt.prev.pt") if (out / name).exists()), None)
+    if not found:
+        return None
+    checkpoint = read_checkpoint(found)
+    for key, value in run.items():
+        if checkpoint["run"].get(key) != value:
+            raise UserError(f"{found} was made with {key} {checkpoint['run'].get(key)}, not {value}: keep to it, choose another --out, or begin anew with --restart")
+    return checkpoint
+
+
+def is_finished(out):
+    """Whether the run in a folder has come to its end: its samples are written last."""
+    return (Path(out) / "ckpt.pt").exists() and (Path(out) / "samples.txt").exists()
 
 
 def describe(preset, data, out, device, model, recipe, tokens, step):
@@ -787,10 +816,13 @@ def describe(preset, data, out, device, model, recipe, tokens, step):
     print(f"run        {out}: {recipe.steps:,} steps, {recipe.steps * recipe.batch_tokens / max(len(tokens), 1):.1f} epochs{f'; going on after step {step:,}' if step else ''}", flush=True)
 
 
-def loop(training, val, tokenizer, out, run):
-    """Steps until the last one: log, evaluate and save where it is time."""
-    recipe, device, path = training.recipe, training.device, out / "ckpt.pt"
-    log = Log(out / "log.csv", ["step", "loss", "lr", "norm", "skipped", *(f"val_{name}" for name in val), "tokens_per_second", "seconds"], training.step)
+def loop(training, validate, columns, out, header, flops):
+    """Steps until the last one: log, evaluate and save where it is time.
+
+    validate() prints and returns what the `columns` of log.csv hold. header: what a checkpoint says of its run. flops: of each unit, for MFU.
+    """
+    recipe, path = training.recipe, out / "ckpt.pt"
+    log = Log(out / "log.csv", ["step", "loss", "lr", "norm", "skipped", *columns, f"{training.unit}_per_second", "seconds"], training.step)
     caught = []
     handlers = {number: signal.signal(number, lambda n, _: caught.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
     began, first = time.time(), training.step
@@ -805,19 +837,17 @@ def loop(training, val, tokenizer, out, run):
                 now = time.time()
                 seconds, began = now - began, now
                 training.seconds += seconds
-                row |= {"tokens_per_second": (step - first) * recipe.batch_tokens / seconds, "seconds": training.seconds}
+                row |= {f"{training.unit}_per_second": (step - first) * training.per_step / seconds, "seconds": training.seconds}
                 first = step
-                print(progress(step, row, recipe, training.raw.config, device), flush=True)
+                print(progress(step, row, training, flops), flush=True)
                 if training.worst >= PATIENCE:
                     raise UserError(f"the loss was not finite in {PATIENCE} steps in a row: go on from the last good checkpoint, {path}, with a lower --lr")
             if step % recipe.eval_every == 0 or last:
-                scores = {name: validation_loss(training.raw, tokens, tokenizer, recipe.eval_tokens, recipe.micro_batch, device) for name, tokens in val.items()}
-                row |= {f"val_{name}": score["loss"] for name, score in scores.items()}
-                print("           " + "   ".join(f"{name} {score['loss']:.4f} nats a token, {score['bits']:.3f} bits a byte" for name, score in scores.items()), flush=True)
+                row |= validate()
             if row:
                 log.add(step=step, **row)
             if step % recipe.eval_every == 0 or last or asked:
-                save_checkpoint(path, {"format": FORMAT, "config": asdict(training.raw.config), "run": run, **training.state()})
+                save_checkpoint(path, {"format": FORMAT, **header, **training.state()})
                 draw_run(out)
                 began = time.time()
                 if asked and not last:
@@ -830,16 +860,20 @@ def loop(training, val, tokenizer, out, run):
             signal.signal(number, handler)
 
 
-def progress(step, row, recipe, config, device):
+def progress(step, row, training, flops):
     """The line on the screen for a logged step."""
-    rate = row["tokens_per_second"]
-    left = (recipe.steps - step) * recipe.batch_tokens / rate
-    card = torch.cuda.get_device_name() if device == "cuda" else ""
-    peak = next((flops for name, flops in PEAK.items() if name in card), None)
-    mfu = f" | MFU {rate * flops_per_token(config) / peak:5.1%}" if peak else ""
-    clock = f"{left / 3600:.1f} h" if left > 5400 else f"{int(left // 60)}:{int(left % 60):02d}"
+    steps, rate = training.recipe.steps, row[f"{training.unit}_per_second"]
+    left = (steps - step) * training.per_step / rate
+    card = torch.cuda.get_device_name() if training.device == "cuda" else ""
+    peak = next((peak for name, peak in PEAK.items() if name in card), None)
+    mfu = f" | MFU {rate * flops / peak:5.1%}" if peak else ""
     skipped = f" | skipped {row['skipped']}" if row["skipped"] else ""
-    return f"step {step:>6,} of {recipe.steps:,} | loss {row['loss']:7.4f} | lr {row['lr']:.2e} | norm {row['norm']:5.2f} | {rate:9,.0f} tokens/s{mfu}{skipped} | {clock} left"
+    return f"step {step:>6,} of {steps:,} | loss {row['loss']:7.4f} | lr {row['lr']:.2e} | norm {row['norm']:5.2f} | {rate:9,.0f} {training.unit}/s{mfu}{skipped} | {clock(left)} left"
+
+
+def clock(seconds):
+    """2.5 h, or minutes:seconds."""
+    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{int(seconds // 60)}:{int(seconds % 60):02d}"
 
 
 def finish(training, val, tokenizer, out, preset):
@@ -914,7 +948,7 @@ def evaluate(args):
         print("context    " + ", ".join(f"{fact} {share:.2f}" for fact, share in context_use(model, tokenizer, device).items()) + "  (maps of 200 new scenes)")
 
 
-def main():
+def main(arguments=None):
     """The commands at the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("training")
@@ -938,7 +972,7 @@ def main():
     group.add_argument("--top-k", type=positive)
     group.add_argument("--top-p", type=float)
     group.add_argument("--num", type=positive, default=1, help="how many samples")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.sample is not None:
         sample(args)
     elif args.eval:

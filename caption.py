@@ -1,0 +1,613 @@
+"""
+Pictures in words: a frozen CLIP and a frozen GPT-2, joined by a small bridge that is all that is trained.
+
+    python caption.py --bridge linear --sample img.jpg [more.jpg | FOLDER …]      caption pictures; trains what is missing (5 minutes on a laptop)
+    python caption.py --bridge {linear,cross,qformer}                             train, score, and draw a 3 × 3 grid
+    python caption.py --bridge linear --eval                                      results.json and scores.json
+    python caption.py --compare                                                   all three under one budget, one table
+
+Without a GPU and COCO this happens in the tiny world: pictures of coloured shapes, drawn here, a CLIP of 64 × 64 pixels, trained
+here, and the decoder of `python train_gpt2.py`. With --data FOLDER (COCO 2017, or your own pictures in its layout) the same code
+joins CLIP ViT-L/14 to GPT-2 124M. A run lives in runs/<world>-<bridge>/: ckpt.pt, best.pt, log.csv, curves.png, grid.png.
+
+Letters beside the code: B batch, T time (tokens), C width of the decoder, S vision tokens, D their width, P prefix, K captions of a picture.
+"""
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import random
+import signal
+import sys
+import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn as nn
+from PIL import Image, ImageDraw, ImageFont
+from torch.nn import functional as F
+
+import coco_eval
+import fineweb
+import train_gpt2
+from fineweb import UserError
+from train_gpt2 import MLP, attention, autocast, clock, pick_device, positive
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The eye: what CLIP sees, as tokens
+
+
+class Vision:
+    """A frozen CLIP image encoder (Radford et al. 2021): pictures in, tokens of its last block but one out."""
+
+    def __init__(self, visual, preprocess, name):
+        self.visual, self.preprocess, self.name = visual.eval().requires_grad_(False), preprocess, name
+
+    @torch.no_grad()
+    def __call__(self, images):
+        """Prepared pictures (B, 3, H, W) to the class token and the patches in reading order, (B, 1 + H/p · W/p, D)."""
+        with autocast(images.device.type):
+            found = self.visual.forward_intermediates(images, indices=[len(self.visual.transformer.resblocks) - 2], stop_early=True,
+                                                      intermediates_only=True, output_fmt="NLC", output_extra_tokens=True)
+        return torch.cat([found["image_intermediates_prefix"][0], found["image_intermediates"][0]], dim=1).float()
+
+
+def pool_tokens(tokens, grid=(4, 8)):
+    """Average the square of patches to `grid` rows and columns, behind the class token: (B, 1 + n², D) to (B, 1 + rows · columns, D).
+
+    256 patches to 4 × 8 make a sequence that is eight times shorter, and a cache of 8 GB instead of 65 GB for COCO.
+    """
+    B, S, D = tokens.shape
+    side = math.isqrt(S - 1)
+    if side % grid[0] or side % grid[1]:
+        raise UserError(f"a grid of {grid[0]} × {grid[1]} does not divide {side} × {side} patches: choose another --grid-size")
+    square = tokens[:, 1:].transpose(1, 2).view(B, D, side, side)
+    pooled = F.avg_pool2d(square, (side // grid[0], side // grid[1]))            # (B, D, rows, columns)
+    return torch.cat([tokens[:, :1], pooled.flatten(2).transpose(1, 2)], dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The three bridges, from vision tokens (B, S, D) to a decoder of width C
+#
+#              what the decoder gets                                   where it is joined        trained
+#   linear     S vectors, each a linear image of one vision token      before the caption        LayerNorm, Linear, positions
+#   qformer    32 vectors, each gathered by a learned query            before the caption        queries, 4 layers, LayerNorm, Linear
+#   cross      a look at all vision tokens before each of its blocks   inside                    attention and a gate for each block
+#
+# The prefix of the first two begins at the scale of the decoder's own token vectors, so that it is listened to from the start.
+
+
+class LinearBridge(nn.Module):
+    """One linear map for all vision tokens, and a learned position for each (the mapping network of ClipCap, Mokady et al. 2021, made as small as can be)."""
+
+    def __init__(self, S, D, C, n_head, n_layer, scale):
+        super().__init__()
+        self.norm = nn.LayerNorm(D)
+        self.project = nn.Linear(D, C)
+        self.positions = nn.Parameter(torch.zeros(S, C))
+        self.P = S
+        nn.init.normal_(self.project.weight, std=scale / math.sqrt(D))
+
+    def forward(self, vision):
+        return self.project(self.norm(vision)) + self.positions                  # (B, S, C)
+
+
+class QFormerBridge(nn.Module):
+    """Learned queries gather what a caption needs (Q-Former: Li et al. 2023, BLIP-2, section 3.1; queries at unit scale: without BERT's weights .02 is too quiet)."""
+
+    def __init__(self, S, D, C, n_head, n_layer, scale, queries=32):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(queries, C))
+        self.P = queries
+        self.norm = nn.LayerNorm(D)
+        self.positions = nn.Parameter(torch.randn(S, D))
+        self.layers = nn.ModuleList(QFormerLayer(C, D, n_head) for _ in range(n_layer))
+        self.ln_f = nn.LayerNorm(C)
+        self.project = nn.Linear(C, C)
+        nn.init.normal_(self.project.weight, std=scale / math.sqrt(C))
+
+    def forward(self, vision):
+        vision = self.norm(vision) + self.positions                              # (B, S, D)
+        x = self.queries.expand(len(vision), -1, -1)                             # (B, 32, C)
+        for layer in self.layers:
+            x = layer(x, vision)
+        return self.project(self.ln_f(x))                                        # (B, 32, C)
+
+
+class QFormerLayer(nn.Module):
+    """The queries look at each other, then at the picture, then think (pre-norm)."""
+
+    def __init__(self, C, D, n_head):
+        super().__init__()
+        self.ln_1, self.ln_2, self.ln_3 = nn.LayerNorm(C), nn.LayerNorm(C), nn.LayerNorm(C)
+        self.attend, self.look = Attention(C, C, n_head), Attention(C, D, n_head)
+        self.mlp = MLP(train_gpt2.GPTConfig(n_embd=C))
+
+    def forward(self, x, vision):
+        x = x + self.attend(self.ln_1(x), *self.attend.keys_values(self.ln_1(x)))
+        x = x + self.look(self.ln_2(x), *self.look.keys_values(vision))
+        return x + self.mlp(self.ln_3(x))
+
+
+class CrossAttentionBridge(nn.Module):
+    """Before each block of the decoder x + tanh(gate) · attention(LN(x), vision), with gates that begin at 0 (Alayrac et al. 2022, Flamingo, figure 4).
+
+    At first the decoder is exactly what it was; the gates open as the looks become useful. Positions at the scale of the normalised
+    tokens: at .02 the decoder learns what is there but hardly where.
+    """
+
+    def __init__(self, S, D, C, n_head, n_layer, scale):
+        super().__init__()
+        self.norm = nn.LayerNorm(D)
+        self.positions = nn.Parameter(torch.randn(S, D))
+        self.ln = nn.ModuleList(nn.LayerNorm(C) for _ in range(n_layer))
+        self.look = nn.ModuleList(Attention(C, D, n_head) for _ in range(n_layer))
+        self.gates = nn.Parameter(torch.zeros(n_layer))
+        self.P = 1                                         # <|endoftext|> stands before the caption
+
+    @contextlib.contextmanager
+    def looking_at(self, vision, decoder):
+        """Within this context the blocks of `decoder` look at the pictures before they do what they did."""
+        vision = self.norm(vision) + self.positions                              # (B, S, D)
+
+        def hook(i):
+            keys_values = self.look[i].keys_values(vision)
+            return lambda block, args: (args[0] + torch.tanh(self.gates[i]) * self.look[i](self.ln[i](args[0]), *keys_values), *args[1:])
+
+        hooks = [block.register_forward_pre_hook(hook(i)) for i, block in enumerate(decoder.h)]
+        try:
+            yield
+        finally:
+            for handle in hooks:
+                handle.remove()
+
+
+class Attention(nn.Module):
+    """Queries from x (B, T, C), keys and values from another sequence (B, S, D); q, k and v begin large enough to tell tokens apart."""
+
+    def __init__(self, C, D, n_head):
+        super().__init__()
+        self.n_head = n_head
+        self.q, self.kv, self.out = nn.Linear(C, C), nn.Linear(D, 2 * C), nn.Linear(C, C)
+        for layer in (self.q, self.kv):
+            nn.init.normal_(layer.weight, std=1.5 / math.sqrt(layer.in_features))
+            nn.init.zeros_(layer.bias)
+
+    def heads(self, x):
+        return x.view(x.size(0), x.size(1), self.n_head, -1).transpose(1, 2)     # (B, nh, T, hs)
+
+    def keys_values(self, source):
+        return [self.heads(t) for t in self.kv(source).chunk(2, dim=-1)]
+
+    def forward(self, x, k, v):
+        return self.out(attention(self.heads(self.q(x)), k, v).transpose(1, 2).reshape(x.shape))
+
+
+BRIDGES = {"linear": LinearBridge, "cross": CrossAttentionBridge, "qformer": QFormerBridge}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The captioner. The layout of a sequence is told here and nowhere else:
+#
+#     linear, qformer     v1 v2 … vP  a  red  circle  <|endoftext|>            v: the prefix, at positions 0 … P - 1
+#     cross               <|endoftext|>  a  red  circle  <|endoftext|>         P = 1
+#     targets                     a  red  circle  <|endoftext|>                each predicted one place before it stands
+#
+# All captions of a picture share one beginning: behind it they stand one after the other, each with the positions P, P + 1, … and
+# each blind to the others, so that one pass over P + 5 · 12 tokens does the work of five over P + 12.
+
+
+@dataclass
+class Packed:
+    """Captions in one sequence behind a beginning of P."""
+    idx: torch.Tensor             # (B, T) token ids, the inputs
+    positions: torch.Tensor       # (B, T)
+    mask: torch.Tensor            # (B, 1, P + T, P + T), True where attention may look
+    source: torch.Tensor          # (B, N) for each target, which hidden state predicts it: P - 1 for a caption's first token
+    targets: torch.Tensor         # (B, N), -100 where there is none
+    caption: torch.Tensor         # (B, N) the caption that a target belongs to, -1 for none
+
+    def to(self, device, **options):
+        return Packed(*(t.to(device, **options) for t in vars(self).values()))
+
+
+def pack(captions, P, eot):
+    """Lay out captions = [picture: [caption: [token id, …], …], …], each ended by `eot`, behind a beginning of P vectors."""
+    B = len(captions)
+    T = max(1, max(sum(map(len, picture)) for picture in captions))
+    N = max(sum(map(len, picture)) + len(picture) for picture in captions)
+    idx, positions, own = np.zeros((B, T), np.int64), np.full((B, T), P), np.full((B, T), -1)
+    source, targets, caption = np.zeros((B, N), np.int64), np.full((B, N), -100), np.full((B, N), -1)
+    for b, picture in enumerate(captions):
+        t = n = 0
+        for k, tokens in enumerate(picture):
+            length = len(tokens)
+            idx[b, t:t + length], positions[b, t:t + length], own[b, t:t + length] = tokens, np.arange(P, P + length), k
+            source[b, n], source[b, n + 1:n + 1 + length] = P - 1, np.arange(P + t, P + t + length)
+            targets[b, n:n + length], targets[b, n + length], caption[b, n:n + length + 1] = tokens, eot, k
+            t, n = t + length, n + length + 1
+    mask = np.tril(np.ones((P + T, P + T), bool))[None].repeat(B, 0)
+    mask[:, P:, P:] &= own[:, :, None] == own[:, None, :]                        # a caption sees the beginning and itself
+    return Packed(*map(torch.from_numpy, (idx, positions, mask[:, None], source, targets, caption)))
+
+
+class Captioner(nn.Module):
+    """A bridge, and the frozen decoder that it speaks through."""
+
+    def __init__(self, bridge, decoder, eot):
+        super().__init__()
+        self.bridge, self.eot = bridge, eot
+        self.decoder = decoder.eval().requires_grad_(False)
+
+    def begin(self, vision):
+        """What stands before a caption, (B, P, C), with the decoder's own positions."""
+        if isinstance(self.bridge, CrossAttentionBridge):
+            start = self.decoder.wte.weight[self.eot].expand(len(vision), 1, -1)
+        else:
+            start = self.bridge(vision)
+        return start + self.decoder.wpe.weight[:start.size(1)]
+
+    def looking_at(self, vision):
+        """The context in which the decoder runs."""
+        return self.bridge.looking_at(vision, self.decoder) if isinstance(self.bridge, CrossAttentionBridge) else contextlib.nullcontext()
+
+    def forward(self, vision, packed):
+        """(None, mean loss), as GPT's with targets."""
+        return None, self.loss(vision, packed)
+
+    def loss(self, vision, packed, reduction="mean"):
+        """Cross-entropy in nats of captions given vision tokens (B, S, D): mean or sum over the targets, or "none" for each, (B, N)."""
+        start = self.begin(vision)
+        x = torch.cat([start, self.decoder.embed(packed.idx, packed.positions)], dim=1)                # (B, P + T, C)
+        with self.looking_at(vision):
+            h = self.decoder.decode(x, packed.mask)
+        h = h.gather(1, packed.source[:, :, None].expand(-1, -1, h.size(-1)))                          # (B, N, C)
+        return self.decoder.loss(h, packed.targets, reduction)
+
+    @torch.no_grad()
+    def generate(self, vision, max_new_tokens=30, prompt=(), temperature=0.0, **options):
+        """Token ids (B, len(prompt) + new) for vision tokens (B, S, D); greedy unless a temperature is given. prompt: (B, n) or n ids to begin with."""
+        idx = torch.as_tensor(prompt, dtype=torch.long, device=vision.device)
+        idx = idx if idx.dim() == 2 else idx.expand(len(vision), -1)
+        room = self.decoder.config.block_size - self.bridge.P - idx.size(1)
+        with self.looking_at(vision):
+            return self.decoder.generate(idx, min(max_new_tokens, room), temperature=temperature, prefix=self.begin(vision), stop=self.eot, **options)
+
+
+def clean_caption(text):
+    """Blanks folded, lower-cased, without the final full stop: the scorer drops all of it, and a token in twelve is saved."""
+    return " ".join(text.split()).lower().removesuffix(".").rstrip()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vision tokens on disk: CLIP never changes, so every picture goes through it once
+
+CHUNK = 64                       # pictures at once
+
+
+def cached_features(vision, pictures, folder, split, grid, device):
+    """Vision tokens of pictures [{"id", "path"}, …]: (float16 memory map (N, S, D), [whether picture i could be read]).
+
+    What is on disk is used; what is missing is computed, decoding pictures in threads while CLIP works, and goes on where it was
+    interrupted. Raises UserError when the cache is of other pictures, of another CLIP or grid.
+    """
+    data, header = Path(folder) / f"{split}.bin", Path(folder) / f"{split}.json"
+    S, D = 1 + grid[0] * grid[1], vision(prepare(vision, [Image.new("RGB", (8, 8))]).to(device)).size(-1)
+    listing = hashlib.sha256(json.dumps([[p["id"], Path(p["path"]).name] for p in pictures]).encode()).hexdigest()
+    about = {"format": 1, "clip": vision.name, "layer": "last but one", "grid": list(grid), "pictures": listing, "shape": [len(pictures), S, D]}
+    found = coco_eval.read_json(header) if header.exists() else {**about, "done": 0, "broken": []}
+    if {key: found.get(key) for key in about} != about:
+        raise UserError(f"{folder} has vision tokens of other pictures, another CLIP or another grid: remove it, and they are computed anew")
+    size = 2 * math.prod(about["shape"])
+    if not data.exists() or data.stat().st_size != size:
+        fineweb.require_space(folder, size)
+        found.update(done=0, broken=[])
+        data.parent.mkdir(parents=True, exist_ok=True)
+        with open(data, "wb") as file:
+            file.truncate(size)
+    features = np.memmap(data, np.float16, "r+", shape=tuple(about["shape"]))
+    if found["done"] < len(pictures):
+        fill(features, found, vision, pictures, grid, device, header)
+    return np.memmap(data, np.float16, "r", shape=tuple(about["shape"])), [p["id"] not in set(found["broken"]) for p in pictures]
+
+
+def fill(features, found, vision, pictures, grid, device, header):
+    """Compute what is missing of cached_features(), and say in the header how far it has come."""
+    began, first, saved = time.time(), found["done"], time.time()
+
+    def load(begin):
+        return [readable(picture["path"], vision.preprocess) for picture in pictures[begin:begin + CHUNK]]
+
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(load, first)
+        for begin in range(first, len(pictures), CHUNK):
+            images, ahead = ahead.result(), thread.submit(load, begin + CHUNK)
+            good = [i for i, image in enumerate(images) if not isinstance(image, UserError)]
+            if good:
+                features[[begin + i for i in good]] = pool_tokens(vision(torch.stack([images[i] for i in good]).to(device)), grid).cpu().numpy()
+            for i, error in enumerate(images):
+                if isinstance(error, UserError):
+                    found["broken"].append(pictures[begin + i]["id"])
+                    print(f"\nleft out: {error}")
+            found["done"] = begin + len(images)
+            last = found["done"] == len(pictures)
+            if time.time() - saved > 10 or last:
+                features.flush()
+                with fineweb.atomic_write(header, "w") as file:
+                    json.dump(found, file)
+                saved = time.time()
+            rate = (found["done"] - first) / (time.time() - began)
+            if last or begin // CHUNK % 16 == 0:
+                print(f"\rvision tokens: {found['done']:,} of {len(pictures):,} pictures  {rate:,.0f} pictures/s  {clock((len(pictures) - found['done']) / rate)} left ", end="", flush=True)
+    print()
+
+
+def readable(path, preprocess):
+    """A prepared picture (3, H, W), or the UserError that says why there is none."""
+    try:
+        return preprocess(coco_eval.load_image(path))
+    except UserError as error:
+        return error
+
+
+def prepare(vision, images):
+    """Pillow pictures as CLIP wants them, (B, 3, H, W)."""
+    return torch.stack([vision.preprocess(image) for image in images])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two worlds: what the decoder, CLIP and the pictures are
+
+TINY_CLIP = {"embed_dim": 64, "quick_gelu": True, "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 96, "layers": 3, "head_width": 32},
+             "text_cfg": {"context_length": 32, "vocab_size": 431, "width": 64, "heads": 2, "layers": 2}}
+TINY_CLIP_STEPS, TINY_CLIP_BATCH = 500, 64
+
+
+@dataclass
+class World:
+    """The frozen parts, and where the pictures are."""
+    name: str                     # "tiny", or what the data folder is called
+    data: Path
+    vision: Vision
+    decoder: train_gpt2.GPT
+    tokenizer: object
+    decoder_name: str
+
+
+def open_world(args):
+    """The World that the flags ask for: the full one with --data, or where there are a GPU and COCO; else the tiny one, made where it is missing."""
+    coco = Path("data/coco")
+    full = bool(args.data) or pick_device() == "cuda" and coco.exists()
+    if full:
+        data, clip, lm = Path(args.data or coco), args.clip or "ViT-L-14-quickgelu/openai", args.lm or next(filter(Path.exists, [Path("runs/gpt2/ckpt.pt")]), "gpt2")
+    else:
+        data, clip, lm = Path("data/shapes"), args.clip or "runs/tiny-clip/ckpt.pt", args.lm or "runs/tiny/ckpt.pt"
+        print("world      tiny: coloured shapes. For photographs: python coco_eval.py --download, then python caption.py --data data/coco --bridge …")
+        make_tiny_world(data, clip, lm)
+    decoder, tokenizer, _ = train_gpt2.load_checkpoint(lm)
+    return World(data.name if full else "tiny", data, load_clip(clip), decoder, tokenizer, fingerprint(decoder))
+
+
+def make_tiny_world(data, clip, lm):
+    """Make what the tiny world lacks: the decoder, the pictures, the eye."""
+    if str(lm) == "runs/tiny/ckpt.pt" and not train_gpt2.is_finished("runs/tiny"):
+        print("lacking    the decoder: python train_gpt2.py --preset tiny, two minutes", flush=True)
+        train_gpt2.main(["--preset", "tiny"])
+    if not data.exists():
+        print(f"lacking    the pictures: drawing them in {data}", flush=True)
+        coco_eval.make_shapes(data)
+    if str(clip) == "runs/tiny-clip/ckpt.pt" and not Path(clip).exists():
+        print("lacking    the eye: a tiny CLIP, trained on these pictures and their captions", flush=True)
+        train_clip(data, Path(clip))
+
+
+def fingerprint(module):
+    """A short digest of a module's weights, from the first numbers of each tensor."""
+    digest = hashlib.sha256()
+    for name, t in module.state_dict().items():
+        digest.update(f"{name} {tuple(t.shape)}".encode() + t.flatten()[:16].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def load_clip(which):
+    """The eye: our own checkpoint (….pt from train_clip), or NAME/TAG or NAME/FILE for open_clip, such as ViT-L-14-quickgelu/openai."""
+    path = Path(which)
+    if path.suffix == ".pt" and path.exists():
+        checkpoint = train_gpt2.read_checkpoint(path)
+        model = open_clip.CLIP(**checkpoint["clip"])
+        model.load_state_dict(checkpoint["model"])
+        return Vision(model.visual, open_clip.image_transform(checkpoint["clip"]["vision_cfg"]["image_size"], is_train=False), f"tiny {fingerprint(model.visual)}")
+    name, _, tag = str(which).partition("/")
+    if name not in open_clip.list_models() or not tag:
+        raise UserError(f"--clip {which} is neither a checkpoint that is there nor a name and tag such as ViT-L-14-quickgelu/openai")
+    try:
+        model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=tag)
+    except Exception as error:                             # the hub's client and torch.load raise many kinds
+        raise UserError(f"CLIP {which} cannot be loaded ({str(error).splitlines()[0][:90]}): give the weights as a file, --clip {name}/FILE.safetensors") from None
+    return Vision(model.visual, preprocess, f"{name}/{Path(tag).name} {fingerprint(model.visual)}")
+
+
+def train_clip(data, path, seed=0):
+    """Train the tiny world's CLIP on pictures and the captions that name all objects (Radford et al. 2021, figure 3)."""
+    torch.manual_seed(seed)
+    pictures, tokenizer, device = coco_eval.read_dataset(data, "train"), fineweb.get_tokenizer("tiny"), pick_device()
+    model, preprocess = open_clip.CLIP(**TINY_CLIP).to(device), open_clip.image_transform(64, is_train=False)
+    images = torch.stack([preprocess(coco_eval.load_image(p["path"])) for p in pictures])
+    texts = torch.zeros(len(pictures), 32, dtype=torch.long)
+    for row, picture in zip(texts, pictures):              # the end token has the largest id, which is where CLIP reads the text
+        tokens = [tokenizer.eot_token - 1, *tokenizer.encode_ordinary(picture["captions"][-1])][:31] + [tokenizer.eot_token]
+        row[:len(tokens)] = torch.tensor(tokens)
+    recipe = train_gpt2.Recipe(TINY_CLIP_STEPS, 0, 0, 1.5e-3, 50, weight_decay=0.05)
+    optimizer, contrast, began = train_gpt2.make_optimizer(model, recipe), open_clip.ClipLoss(), time.time()
+    for step in range(recipe.steps):
+        rows = torch.from_numpy(train_gpt2.step_windows(seed, step, TINY_CLIP_BATCH, len(pictures)))
+        with autocast(device):
+            loss = contrast(*model(images[rows].to(device), texts[rows].to(device)))
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = train_gpt2.learning_rate(step, recipe)
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))
+        if step % 50 == 49:
+            print(f"\rtiny CLIP: step {step + 1} of {recipe.steps} | loss {loss.item():.3f} | {clock((recipe.steps - step - 1) * (time.time() - began) / (step + 1))} left ", end="", flush=True)
+    print()
+    train_gpt2.save_checkpoint(path, {"format": train_gpt2.FORMAT, "clip": TINY_CLIP, "model": model.state_dict()})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training a bridge
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a bridge is trained. The three share one budget; only the learning rate is each one's own."""
+    steps: int
+    batch: int                    # pictures for each update, with all their captions
+    micro_batch: int              # pictures computed at once
+    lr: float
+    warmup: int
+    eval_every: int
+    log_every: int = 20
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    floor: float = 0.0
+
+
+LEARNING_RATES = {"linear": (5e-3, 2e-3), "cross": (2e-3, 4e-4), "qformer": (2e-3, 4e-4)}     # highest: in the tiny world, at full size
+GATES = 10                       # their rate is that much higher: a gate has to open before anything behind it can learn
+QFORMER_LAYERS = 4
+STEPS, EPOCHS = 700, 4           # the tiny world's budget in steps, the full one's in passes over the pictures
+
+
+class BridgeTraining(train_gpt2.Updates):
+    """Updates of a bridge from pictures with captions; decoder and CLIP stay as they are."""
+    unit = "captions"
+
+    def __init__(self, captioner, recipe, features, captions, seed, device):
+        super().__init__(captioner.bridge, recipe, device, captioner)
+        self.features, self.captions, self.seed = features, captions, seed
+        self.per_step = recipe.batch * sum(map(len, captions)) / len(captions)
+        gates = [p for name, p in self.raw.named_parameters() if name == "gates"]
+        matrices = [p for p in self.raw.parameters() if p.dim() >= 2]
+        vectors = [p for name, p in self.raw.named_parameters() if p.dim() < 2 and name != "gates"]
+        groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors}, {"params": gates, "times": GATES}]
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+    def load(self, step):
+        """The micro-batches of a step: [(vision tokens, packed captions, share of the step's targets)]."""
+        pictures = train_gpt2.step_windows(self.seed, step, self.recipe.batch, len(self.captions))
+        parts = np.array_split(pictures, -(-len(pictures) // self.recipe.micro_batch))
+        batches = [lay_out(self.features, self.captions, part, self.net) for part in parts]
+        targets = [int((packed.targets >= 0).sum()) for _, packed in batches]
+        return [(x, packed, count / sum(targets)) for (x, packed), count in zip(batches, targets)]
+
+
+def lay_out(features, captions, pictures, captioner):
+    """(vision tokens (B, S, D), Packed) of the given pictures."""
+    vision = torch.from_numpy(np.asarray(features[pictures], dtype=np.float32))
+    return vision, pack([captions[i] for i in pictures], captioner.bridge.P, captioner.eot)
+
+
+def encode_captions(pictures, tokenizer, room):
+    """Token ids of each picture's captions, at most `room` of each."""
+    return [[tokenizer.encode_ordinary(clean_caption(caption))[:room] for caption in picture["captions"]] for picture in pictures]
+
+
+@torch.no_grad()
+def caption_loss(captioner, features, captions, device, batch=50):
+    """(nats per token, nats per caption) over all pictures."""
+    total = tokens = 0
+    for part in np.array_split(np.arange(len(captions)), -(-len(captions) // batch)):
+        vision, packed = lay_out(features, captions, part, captioner)
+        with autocast(device):
+            total += captioner.loss(vision.to(device), packed.to(device), "sum").item()
+        tokens += int((packed.targets >= 0).sum())
+    return total / tokens, total / sum(map(len, captions))
+
+
+def build(name, S, D, decoder, eot):
+    """A Captioner with a new bridge that fits `decoder` and S vision tokens of width D."""
+    c = decoder.config
+    layers = QFORMER_LAYERS if name == "qformer" else c.n_layer
+    return Captioner(BRIDGES[name](S, D, c.n_embd, c.n_head, layers, decoder.wte.weight.std().item()), decoder, c.vocab_size - c.vocab_padding - 1)
+
+
+def dataset(world, split, args, device):
+    """(pictures that could be read, their vision tokens)."""
+    pictures = coco_eval.read_dataset(world.data, split)
+    grid = tuple(map(int, args.grid_size.split("x")))
+    folder = Path("data/features") / f"{world.name}-{world.vision.name.replace('/', '-').replace(' ', '-')}-{args.grid_size}"
+    features, good = cached_features(world.vision, pictures, folder, split, grid, device)
+    if not any(good):
+        raise UserError(f"no picture of {world.data} ({split}) can be read: check the folder")
+    return [p for p, g in zip(pictures, good) if g], features if all(good) else features[np.flatnonzero(good)]
+
+
+def choose_recipe(name, world, pictures, args):
+    """The bridge's recipe with the flags' changes."""
+    tiny = world.name == "tiny"
+    batch = args.batch or (32 if tiny else 64)
+    steps = args.steps or (STEPS if tiny and not args.epochs else max(1, round((args.epochs or EPOCHS) * pictures / batch)))
+    return Recipe(steps, batch, min(args.micro_batch or batch, batch), args.lr or LEARNING_RATES[name][0 if tiny else 1], max(1, round(0.03 * steps)), max(1, steps // 7))
+
+
+def train(name, world, args, blind=False):
+    """Train a bridge, or go on with its run, until its last step; returns the run's folder. blind: its vision tokens are all 0."""
+    device = pick_device()
+    out = Path(args.out or "runs") / (f"{world.name}-{name}" + "-blind" * blind)
+    (train_pictures, features), (val_pictures, val_features) = (dataset(world, split, args, device) for split in ("train", "val"))
+    if blind:
+        features, val_features = np.zeros_like(features[:1]).repeat(len(features), 0), np.zeros_like(val_features)
+    torch.manual_seed(args.seed)
+    captioner = build(name, *features.shape[1:], world.decoder, world.tokenizer.eot_token).to(device)
+    recipe, room = choose_recipe(name, world, len(train_pictures), args), world.decoder.config.block_size - captioner.bridge.P
+    run = {"bridge": name, "S": features.shape[1], "D": features.shape[2], "decoder": world.decoder_name, "clip": world.vision.name, "grid": args.grid_size,
+           "pictures": len(train_pictures), "seed": args.seed, "batch": recipe.batch}
+    checkpoint = train_gpt2.unfinished(out, run) if not args.restart else None
+    if checkpoint and checkpoint["step"] >= recipe.steps:
+        return out
+    captions, seen = (encode_captions(p, world.tokenizer, room) for p in (train_pictures, [p for p in val_pictures if not unseen(p)]))
+    training = BridgeTraining(captioner, recipe, features, captions, args.seed, device)
+    header = {"run": run, "best": checkpoint["best"] if checkpoint else math.inf}
+    if checkpoint:
+        training.restore(checkpoint)
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"bridge     {name}{', blind' * blind}: {sum(p.numel() for p in captioner.bridge.parameters()):,} trainable parameters, {recipe.steps:,} steps of {recipe.batch} pictures, in {out}", flush=True)
+
+    def validate():
+        token, caption = caption_loss(captioner, val_features, seen, device)
+        print(f"           val {token:.4f} nats a token, {caption:.3f} a caption", flush=True)
+        if token < header["best"]:
+            header["best"] = token
+            with fineweb.atomic_write(out / "best.pt") as file:
+                torch.save({"format": train_gpt2.FORMAT, "run": run, "step": training.step, "model": captioner.bridge.state_dict()}, file)
+        return {"val_val": token}
+
+    train_gpt2.loop(training, validate, ["val_val"], out, header, 0)
+    return out
+
+
+def unseen(picture):
+    """Whether a picture of the shapes world has a pair of colour and shape that no training picture has."""
+    return bool(picture["scene"]) and any((o["colour"], o["shape"]) in fineweb.UNSEEN for o in picture["scene"]["objects"])
+
+
+def load_captioner(path, world):
+    """The Captioner of a checkpoint. Raises UserError when it was trained for another decoder or another CLIP."""
+    checkpoint = train_gpt2.read_checkpoint(path)
+    run = checkpoint["run"]
+    for part, here in (("decoder", world.decoder_name), ("clip", world.vision.name)):
+        if run.get(part) != here:
+            raise UserError(f"{path} was trained for another {part} ({run.get(part)}, and here is {here}): name the right one with --{'lm' if part == 'decoder' else 'clip'}, or train anew with --restart")
+    captioner = build(run["bridge"], run["S"], run["D"], world.decoder, world.tokenizer.eot_token)
+    captioner.bridge.load_state_dict(checkpoint["model"])
+    return captioner.eval().to(pick_device())
