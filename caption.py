@@ -12,7 +12,6 @@ joins CLIP ViT-L/14 to GPT-2 124M. A run lives in runs/<world>-<bridge>/: ckpt.p
 
 Letters beside the code: B batch, T time (tokens), C width of the decoder, S vision tokens, D their width, P prefix, K captions of a picture.
 """
-import argparse
 import contextlib
 import hashlib
 import json
@@ -77,7 +76,7 @@ def pool_tokens(tokens, grid=(4, 8)):
 #
 #              what the decoder gets                                   where it is joined        trained
 #   linear     S vectors, each a linear image of one vision token      before the caption        LayerNorm, Linear, positions
-#   qformer    32 vectors, each gathered by a learned query            before the caption        queries, 4 layers, LayerNorm, Linear
+#   qformer    32 vectors, each gathered by a learned query            before the caption        queries, up to 4 layers, LayerNorm, Linear
 #   cross      a look at all vision tokens before each of its blocks   inside                    attention and a gate for each block
 #
 # The prefix of the first two begins at the scale of the decoder's own token vectors, so that it is listened to from the start.
@@ -364,7 +363,7 @@ def prepare(vision, images):
 # ---------------------------------------------------------------------------------------------------------------------
 # Two worlds: what the decoder, CLIP and the pictures are
 
-TINY_CLIP = {"embed_dim": 64, "quick_gelu": True, "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 96, "layers": 3, "head_width": 32},
+TINY_CLIP = {"embed_dim": 64, "quick_gelu": True, "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 96, "layers": 3, "head_width": 32, "pool_type": "avg"},
              "text_cfg": {"context_length": 32, "vocab_size": 431, "width": 64, "heads": 2, "layers": 2}}
 TINY_CLIP_STEPS, TINY_CLIP_BATCH = 500, 64
 
@@ -482,10 +481,9 @@ class Recipe:
     floor: float = 0.0
 
 
-LEARNING_RATES = {"linear": (5e-3, 2e-3), "cross": (2e-3, 4e-4), "qformer": (2e-3, 4e-4)}     # highest: in the tiny world, at full size
+LEARNING_RATES = {"linear": (5e-3, 2e-3), "cross": (5e-3, 4e-4), "qformer": (2e-3, 4e-4)}     # highest: in the tiny world, at full size
 GATES = 10                       # their rate is that much higher: a gate has to open before anything behind it can learn
-QFORMER_LAYERS = 4
-STEPS, EPOCHS = 700, 4           # the tiny world's budget in steps, the full one's in passes over the pictures
+STEPS, EPOCHS = 1_000, 4           # the tiny world's budget in steps, the full one's in passes over the pictures
 
 
 class BridgeTraining(train_gpt2.Updates):
@@ -537,7 +535,7 @@ def caption_loss(captioner, features, captions, device, batch=50):
 def build(name, S, D, decoder, eot):
     """A Captioner with a new bridge that fits `decoder` and S vision tokens of width D."""
     c = decoder.config
-    layers = QFORMER_LAYERS if name == "qformer" else c.n_layer
+    layers = min(4, c.n_layer // 2) if name == "qformer" else c.n_layer          # without BERT's weights more layers bring nothing
     return Captioner(BRIDGES[name](S, D, c.n_embd, c.n_head, layers, decoder.wte.weight.std().item()), decoder, c.vocab_size - c.vocab_padding - 1)
 
 
@@ -557,7 +555,7 @@ def choose_recipe(name, world, pictures, args):
     tiny = world.name == "tiny"
     batch = args.batch or (32 if tiny else 64)
     steps = args.steps or (STEPS if tiny and not args.epochs else max(1, round((args.epochs or EPOCHS) * pictures / batch)))
-    return Recipe(steps, batch, min(args.micro_batch or batch, batch), args.lr or LEARNING_RATES[name][0 if tiny else 1], max(1, round(0.03 * steps)), max(1, steps // 7))
+    return Recipe(steps, batch, min(args.micro_batch or batch, batch), args.lr or LEARNING_RATES[name][0 if tiny else 1], max(1, round(0.03 * steps)), max(1, steps // 5))
 
 
 def train(name, world, args, blind=False):
@@ -611,3 +609,221 @@ def load_captioner(path, world):
     captioner = build(run["bridge"], run["S"], run["D"], world.decoder, world.tokenizer.eot_token)
     captioner.bridge.load_state_dict(checkpoint["model"])
     return captioner.eval().to(pick_device())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Captions, and what they are worth
+
+
+@torch.no_grad()
+def write_captions(captioner, features, tokenizer, prompts=None, batch=250, **options):
+    """A caption for each row of features (N, S, D); prompts: N token lists of one length that the captions begin with."""
+    device, texts = next(captioner.bridge.parameters()).device, []
+    for begin in range(0, len(features), batch):
+        vision = torch.from_numpy(np.asarray(features[begin:begin + batch], dtype=np.float32)).to(device)
+        with autocast(device.type):
+            rows = captioner.generate(vision, prompt=prompts[begin:begin + batch] if prompts else (), **options).tolist()
+        texts += [tokenizer.decode([token for token in row if token != captioner.eot], errors="replace").strip() for row in rows]
+    return texts
+
+
+def share_of_facts(captioner, features, pictures, tokenizer):
+    """How often a fact is stated rightly when a caption is begun that has to state it: {"count", "objects", "place", "relation"}."""
+    rng, right = random.Random(0), {}
+    asked = [fineweb.questions(picture["scene"], rng) for picture in pictures]
+    for fact in asked[0]:
+        texts = write_captions(captioner, features, tokenizer, [tokenizer.encode_ordinary(question[fact]) for question in asked], max_new_tokens=8)
+        right[fact] = float(np.mean([fineweb.facts(text, picture["scene"])[fact] is True for text, picture in zip(texts, pictures)]))
+    return right
+
+
+def evaluate(out, world, args):
+    """Score the best bridge of a run on the validation pictures: prints a table, writes results.json, scores.json and grid.png; returns the scores.
+
+    "shuffled": each picture's captions from the tokens of another; what is still right there is guessed.
+    """
+    device = pick_device()
+    captioner = load_captioner(args.ckpt or Path(out) / "best.pt", world)
+    pictures, features = dataset(world, "val", args, device)
+    captions = encode_captions(pictures, world.tokenizer, captioner.decoder.config.block_size - captioner.bridge.P)
+    seen, rest = [i for i, p in enumerate(pictures) if not unseen(p)], [i for i, p in enumerate(pictures) if unseen(p)]
+    shuffled = np.roll(seen, 1)
+    texts = write_captions(captioner, features[seen], world.tokenizer)
+    scores = coco_eval.evaluate({pictures[i]["id"]: pictures[i]["captions"] for i in seen}, {pictures[i]["id"]: text for i, text in zip(seen, texts)})
+    row = {"parameters": sum(p.numel() for p in captioner.bridge.parameters()), "pictures": len(seen), "decoding": "greedy"}
+    row["nats a caption"] = caption_loss(captioner, features[seen], [captions[i] for i in seen], device)[1]
+    row["shuffled"] = caption_loss(captioner, features[shuffled], [captions[i] for i in seen], device)[1]
+    row |= scores["corpus"]
+    if all(picture["scene"] for picture in pictures):
+        told = [pictures[i] for i in seen]
+        row["facts"] = share_of_facts(captioner, features[seen], told, world.tokenizer)
+        row["facts, shuffled"] = share_of_facts(captioner, features[shuffled], told, world.tokenizer)
+        row["facts, unseen pairs"] = share_of_facts(captioner, features[rest], [pictures[i] for i in rest], world.tokenizer)
+    for file, content in (("results.json", [{"image_id": pictures[i]["id"], "caption": text} for i, text in zip(seen, texts)]), ("scores.json", {**row, **scores})):
+        with fineweb.atomic_write(Path(out) / file, "w", encoding="utf-8") as target:
+            json.dump(content, target)
+    nine = seen[::max(len(seen) // 9, 1)][:9]
+    draw_grid(Path(out) / "grid.png", [coco_eval.load_image(pictures[i]["path"]) for i in nine], [texts[seen.index(i)] for i in nine])
+    print(f"{len(seen)} validation pictures of {world.data}, greedy: {row['nats a caption']:.2f} nats a caption, with shuffled pictures {row['shuffled']:.2f}")
+    print(coco_eval.table(scores, len(seen)))
+    for kind in ("facts", "facts, shuffled", "facts, unseen pairs"):
+        if kind in row:
+            print(f"{kind:22} " + "  ".join(f"{fact} {share:.2f}" for fact, share in row[kind].items()))
+    print(f"{out} has best.pt, results.json, scores.json, curves.png and grid.png")
+    return row
+
+
+def draw_grid(path, pictures, captions, columns=3, size=256):
+    """Pictures with their captions below, `columns` beside each other, as one PNG."""
+    font, gap, text = ImageFont.load_default(17), 24, 72
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (size + gap) + gap, rows * (size + text) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (picture, caption) in enumerate(zip(pictures, captions)):
+        x, y = gap + i % columns * (size + gap), gap + i // columns * (size + text)
+        scale = size / max(picture.size)
+        small = picture.resize([max(1, round(side * scale)) for side in picture.size], Image.LANCZOS)
+        sheet.paste(small, (x + (size - small.width) // 2, y + (size - small.height) // 2))
+        draw.multiline_text((x, y + size + 6), "\n".join(textwrap.wrap(caption, 30)[:3]), "#111827", font)
+    with fineweb.atomic_write(path) as file:
+        sheet.save(file, "PNG")
+
+
+def compare(world, args):
+    """Train and score all three bridges under one budget, and a blind one of each: one table, one picture of the loss curves."""
+    rows, lines, folder = {}, {}, Path(args.out or "runs") / f"{world.name}-compare"
+    for name in BRIDGES:
+        out, blind = train(name, world, args), train(name, world, args, blind=True)
+        rows[name] = evaluate(out, world, args)
+        log, blind_log = train_gpt2.read_log(out / "log.csv"), train_gpt2.read_log(blind / "log.csv")
+        per_caption = rows[name]["nats a caption"] / min(r["val_val"] for r in log if "val_val" in r)
+        rows[name] |= {"blind": min(r["val_val"] for r in blind_log if "val_val" in r) * per_caption, "seconds": log[-1]["seconds"]}
+        for label, kept in ((name, log), (f"{name}, blind", blind_log)):
+            lines[label] = ([r["step"] for r in kept if "val_val" in r], [r["val_val"] for r in kept if "val_val" in r])
+    folder.mkdir(parents=True, exist_ok=True)
+    train_gpt2.draw_curves(folder / "curves.png", [("validation loss, nats per token", "step", lines)])
+    table = comparison(rows)
+    with fineweb.atomic_write(folder / "table.md", "w", encoding="utf-8") as file:
+        file.write(table + "\n")
+    print(f"\n{table}\n\n{folder} has table.md and curves.png")
+
+
+def comparison(rows):
+    """The table of --compare, in Markdown: rows = {bridge: what evaluate() returned}."""
+    lines = ["| | " + " | ".join(rows) + " |", "|---" * (len(rows) + 1) + "|"]
+
+    def line(label, show):
+        lines.append(f"| {label} | " + " | ".join(show(row) for row in rows.values()) + " |")
+
+    line("trainable parameters", lambda r: f"{r['parameters']:,}")
+    for key in ("nats a caption", "blind", "shuffled"):
+        line("validation loss, nats a caption" if key == "nats a caption" else f"… {key}", lambda r: f"{r[key]:.2f}")
+    line("CIDEr-D, greedy", lambda r: f"{r['CIDEr']:.3f}")
+    line(coco_eval.METEOR_NAME, lambda r: f"{r['METEOR']:.3f}")
+    if all("facts" in row for row in rows.values()):
+        for fact in next(iter(rows.values()))["facts"]:
+            line(f"{fact} right (shuffled; unseen pairs)", lambda r: f"{r['facts'][fact]:.2f} ({r['facts, shuffled'][fact]:.2f}; {r['facts, unseen pairs'][fact]:.2f})")
+    line("training, s", lambda r: f"{r['seconds']:.0f}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Your own pictures
+
+KINDS = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+def find_pictures(names):
+    """[(path, picture), …] of files and folders. What cannot be read is named on stderr; UserError when nothing can, or a file is named twice."""
+    paths = []
+    for name in map(Path, names):
+        inside = sorted(p for p in name.iterdir() if p.suffix.lower() in KINDS) if name.is_dir() else [name]
+        if not inside:
+            raise UserError(f"{name} has no pictures ({', '.join(sorted(KINDS))}): name another folder")
+        paths += inside
+    for path in paths:
+        if paths.count(path) > 1:
+            raise UserError(f"{path} is named twice: name it once")
+    found = []
+    for path in paths:
+        try:
+            found.append((path, coco_eval.load_image(path)))
+        except UserError as error:
+            if len(paths) == 1:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+    if not found:
+        raise UserError("none of these pictures can be read: name others")
+    return found
+
+
+def sample(args):
+    """Caption one's own pictures with the best bridge of a run, training first what is missing."""
+    found = find_pictures(args.sample)
+    world = open_world(args)
+    if args.ckpt:
+        path = Path(args.ckpt)
+    else:
+        path = Path(args.out or "runs") / f"{world.name}-{args.bridge}" / "best.pt"
+        if not (path.with_name("scores.json")).exists():
+            print(f"lacking    the bridge: training {args.bridge}", flush=True)
+            evaluate(train(args.bridge, world, args), world, args)
+    captioner = load_captioner(path, world)
+    if world.name == "tiny":
+        print("this bridge knows coloured shapes only, so of a photograph it tells shapes too; for photographs:\n"
+              f"  python coco_eval.py --download && python caption.py --data data/coco --bridge {args.bridge}")
+    device, grid = pick_device(), tuple(map(int, args.grid_size.split("x")))
+    tokens = pool_tokens(world.vision(prepare(world.vision, [image for _, image in found]).to(device)), grid).cpu().numpy()
+    options = {"temperature": args.temperature, "top_p": args.top_p, "generator": torch.Generator(device).manual_seed(args.seed)} if args.num > 1 else {}
+    texts = [write_captions(captioner, tokens, world.tokenizer, **options) for _ in range(args.num)]
+    for i, (file, _) in enumerate(found):
+        for told in texts:
+            print(f"{file}: {told[i]}")
+    if args.grid:
+        draw_grid(args.grid, [image for _, image in found], texts[0])
+        print(f"drawn in {args.grid}")
+
+
+def main():
+    """The commands at the top of this file."""
+    parser = fineweb.Parser(__doc__)
+    group = parser.add_argument_group("what to do (without any of these: train --bridge, then score it)")
+    group.add_argument("--bridge", choices=BRIDGES, help="how the picture gets into the decoder")
+    group.add_argument("--sample", nargs="+", metavar="PICTURE", help="caption pictures, or folders of them")
+    group.add_argument("--eval", action="store_true", help="score the bridge on the validation pictures")
+    group.add_argument("--compare", action="store_true", help="train and score all three bridges")
+    group = parser.add_argument_group("the frozen parts and the pictures")
+    group.add_argument("--data", metavar="DIR", help="pictures with captions in COCO's layout (default: data/coco with a GPU, else the tiny world)")
+    group.add_argument("--lm", metavar="CKPT", help="the decoder: a checkpoint of train_gpt2.py, a folder of safetensors, or gpt2")
+    group.add_argument("--clip", metavar="CLIP", help="the eye: NAME/TAG or NAME/FILE of open_clip (default ViT-L-14-quickgelu/openai)")
+    group.add_argument("--grid-size", default="4x8", choices=("4x8", "8x8", "16x16"), help="vision tokens behind the class token (default: %(default)s)")
+    group = parser.add_argument_group("training")
+    group.add_argument("--out", metavar="DIR", help="folder of the runs (default: runs)")
+    group.add_argument("--epochs", type=positive, help="passes over the pictures")
+    group.add_argument("--steps", type=positive, help="updates of the bridge, instead of --epochs")
+    group.add_argument("--batch", type=positive, help="pictures for each update")
+    group.add_argument("--micro-batch", type=positive, help="pictures computed at once: lower it when memory is short")
+    group.add_argument("--lr", type=float, help="highest learning rate")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--restart", action="store_true", help="forget what is in the run's folder")
+    group = parser.add_argument_group("captions")
+    group.add_argument("--ckpt", metavar="FILE", help="the bridge (default: the run's best.pt)")
+    group.add_argument("--num", type=positive, default=1, help="how many captions for each picture, drawn with --temperature and --top-p")
+    group.add_argument("--temperature", type=float, default=0.8)
+    group.add_argument("--top-p", type=float, default=0.9)
+    group.add_argument("--grid", metavar="FILE", help="draw the pictures with their captions")
+    args = parser.parse_args()
+    if args.compare:
+        compare(open_world(args), args)
+    elif not args.bridge:
+        raise UserError("give --bridge linear, cross or qformer, or --compare")
+    elif args.sample:
+        sample(args)
+    else:
+        world = open_world(args)
+        out = Path(args.out or "runs") / f"{world.name}-{args.bridge}"
+        evaluate(out if args.eval else train(args.bridge, world, args), world, args)
+
+
+if __name__ == "__main__":
+    fineweb.command_line(main)

@@ -18,7 +18,6 @@ and paraphrases, and says so: "METEOR (exact + stem)". The worked examples below
     candidate       a red circle and a blue square
     references      a red circle above a blue square  |  a blue square
 """
-import argparse
 import html
 import json
 import math
@@ -35,7 +34,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from fineweb import GRID, UserError, atomic_write, captions, command_line, download, random_scene, require_space
+from fineweb import GRID, Parser, UserError, atomic_write, captions, command_line, download, random_scene, require_space
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Words: what the Stanford tokeniser, which the official scorer uses, makes of a caption
@@ -511,8 +510,8 @@ def draw_scene(scene, rng, size=64):
     image = Image.new("RGB", (fine, fine), ground)
     draw = ImageDraw.Draw(image)
     for thing in scene["objects"]:
-        r = 7.2 if thing["size"] == "large" else 5.2
-        slack = 7.8 - r
+        r = 7.6 if thing["size"] == "large" else 5.8
+        slack = 7.9 - r
         x, y = ((16 * thing[axis] + 8 + rng.uniform(-slack, slack)) * unit for axis in ("col", "row"))
         _draw_shape(draw, thing["shape"], x, y, r * unit, PAINT[thing["colour"]])
     return image.resize((size, size), Image.BOX)
@@ -599,7 +598,7 @@ def score_files(references_path, results_paths, out):
 
 def main():
     """The commands at the top of this file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     scoring, pictures = parser.add_argument_group("scores"), parser.add_argument_group("pictures")
     scoring.add_argument("--references", metavar="FILE", help="annotations in COCO's format")
     scoring.add_argument("--results", nargs="+", metavar="FILE", help="captions in COCO's result format; with several files the systems are ranked")
@@ -619,7 +618,7 @@ def main():
     elif args.references and args.results:
         score_files(args.references, args.results, args.out)
     else:
-        parser.error("give --references with --results, or --download, or --make-shapes")
+        raise UserError("give --references with --results, or --download, or --make-shapes")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,16 @@ def command_line(main):
         sys.exit(2)
 
 
+class Parser(argparse.ArgumentParser):
+    """A command line's flags, told by the file's docstring; a mistake in them is a UserError."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise UserError(f"{message} (--help shows the flags)")
+
+
 @contextlib.contextmanager
 def atomic_write(path, mode="wb", **options):
     """Open a temporary file beside `path`; it takes that name only when it is whole and safe on the disk."""
@@ -553,7 +563,7 @@ def _count(text):
 
 def main():
     """The commands at the top of this file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--tokens", type=_count, default="10B", help="how much of FineWeb-Edu: 100M to 10B")
     parser.add_argument("--text", nargs="+", metavar="FILE", help="tokenise these files instead")
     parser.add_argument("--val-fraction", type=float, default=0.01, help="share of the documents for validation")

@@ -24,9 +24,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 from PIL import Image
 from torch.nn import functional as F
 
+import caption
 import coco_eval
 import fineweb
 import train_gpt2
@@ -1003,6 +1005,265 @@ def test_odd_pictures_are_read_or_refused_by_name():
     assert np.abs(upright - turned).mean() < 12            # the same person, whichever way the file is turned
     ramp = np.asarray(coco_eval.load_image(REAL / "odd-images/pngsuite_basn0g16.png"))
     assert len(np.unique(ramp)) > 30                       # clipping would leave white
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bridges
+
+WIDE = GPTConfig(block_size=48, vocab_size=48, n_layer=2, n_head=2, n_embd=32, init_std=0.3, vocab_padding=5)
+
+
+def captioner(name, seed=0, S=5, D=12):
+    model = caption.build(name, S, D, small_model(config=WIDE), 42)
+    for gates in [p for n, p in model.named_parameters() if n == "bridge.gates"]:
+        nn.init.constant_(gates, 0.5)
+    return model.eval()
+
+
+def some_captions(number, seed=0):
+    """For each picture one to three captions of different lengths."""
+    rng = random.Random(seed)
+    return [[[rng.randrange(42) for _ in range(rng.randint(1, 9))] for _ in range(rng.randint(1, 3))] for _ in range(number)]
+
+
+def plain_caption_loss(model, vision, tokens):
+    """The summed loss of one caption: its own sequence, no packing, the whole distribution at each place."""
+    start, inputs = model.begin(vision[None]), torch.tensor([tokens])
+    x = torch.cat([start, model.decoder.embed(inputs, torch.arange(start.size(1), start.size(1) + len(tokens)))], 1)
+    with model.looking_at(vision[None]):
+        log_p = model.decoder.logits(model.decoder.decode(x)).log_softmax(-1)[0]
+    return -sum(log_p[start.size(1) - 1 + i, token] for i, token in enumerate([*tokens, model.eot]))
+
+
+@pytest.mark.parametrize("name", caption.BRIDGES)
+def test_packed_captions_have_the_losses_of_separate_ones(name):
+    model, captions, vision = captioner(name), some_captions(4), torch.randn(4, 5, 12)
+    packed = caption.pack(captions, model.bridge.P, model.eot)
+    each = model.loss(vision, packed, "none")
+    for b, picture in enumerate(captions):
+        for k, tokens in enumerate(picture):               # first token and end are in it, padding is not
+            assert each[b][packed.caption[b] == k].sum().item() == pytest.approx(plain_caption_loss(model, vision[b], tokens).item(), rel=1e-5)
+    assert each[packed.caption < 0].abs().sum() == 0 and (packed.targets >= 0).sum() == sum(len(t) + 1 for p in captions for t in p)
+    assert model.loss(vision, packed).item() == pytest.approx(each.sum().item() / (packed.targets >= 0).sum().item(), rel=1e-5)
+    alone = model.loss(vision[:1], caption.pack(captions[:1], model.bridge.P, model.eot), "sum")                       # who else is in the batch does not matter
+    assert alone.item() == pytest.approx(each[0].sum().item(), rel=1e-5)
+
+
+def test_padding_is_by_length_and_not_by_value():
+    packed = caption.pack([[[0, 42, 0]], [[1]]], 1, 42)    # ids that could be taken for padding are targets all the same
+    assert packed.targets.tolist() == [[0, 42, 0, 42], [1, 42, -100, -100]]
+    assert packed.source.tolist() == [[0, 1, 2, 3], [0, 1, 0, 0]] and packed.positions.tolist() == [[1, 2, 3], [1, 1, 1]]
+
+
+@pytest.mark.parametrize("name", caption.BRIDGES)
+def test_only_the_bridge_learns(name):
+    model, captions = captioner(name), some_captions(6)
+    recipe = caption.Recipe(steps=4, batch=4, micro_batch=2, lr=1e-2, warmup=1, eval_every=4)
+    training = caption.BridgeTraining(model, recipe, np.random.RandomState(0).randn(6, 5, 12).astype(np.float16), captions, 0, "cpu")
+    frozen = {n: p.clone() for n, p in model.decoder.state_dict().items()}
+    before = {n: p.clone() for n, p in model.bridge.state_dict().items()}
+    training.update()
+    assert all(torch.equal(p, model.decoder.state_dict()[n]) and model.decoder.get_parameter(n).grad is None for n, p in frozen.items())
+    assert all(not torch.equal(p, model.bridge.state_dict()[n]) for n, p in before.items() if ".bias" not in n)
+    assert all(p.dtype == torch.float32 for p in model.bridge.parameters()) and set(training.state()["model"]) == set(before)
+    if name == "cross":
+        assert [g["lr"] / training.optimizer.param_groups[0]["lr"] for g in training.optimizer.param_groups if len(g["params"]) == 1] == [caption.GATES]
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    updates = []
+    for micro in (6, 2):
+        recipe = caption.Recipe(steps=3, batch=6, micro_batch=micro, lr=1e-2, warmup=1, eval_every=4)
+        training = caption.BridgeTraining(captioner("linear"), recipe, np.random.RandomState(0).randn(6, 5, 12).astype(np.float16), some_captions(6), 0, "cpu")
+        with torch.autocast("cpu", enabled=False), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_gpt2, "autocast", lambda device: contextlib.nullcontext())
+            updates.append([x.item() for _ in range(3) for x in training.update()])
+    assert updates[0] == pytest.approx(updates[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", caption.BRIDGES)
+def test_captions_are_the_same_with_and_without_cache(name):
+    model, vision = captioner(name), torch.randn(5, 5, 12)
+    prompt = [[7, 8]] * 5
+    for begun in ((), prompt):
+        cached, plain = (model.generate(vision, 12, prompt=begun, use_cache=use).tolist() for use in (True, False))
+        assert cached == plain and len({tuple(row) for row in cached}) > 1
+    one = model.generate(vision[2:3], 12).tolist()[0]      # alone it says the same
+    together = model.generate(vision, 12).tolist()[2]
+    assert together[:len(one)] == one and all(token == 42 for token in together[len(one):])
+    assert not list(model.decoder.h[0]._forward_pre_hooks)                       # the decoder is left as it was
+
+
+def test_closed_gates_leave_the_decoder_as_it_is():
+    model, idx = captioner("cross"), torch.randint(0, 42, (3, 9))
+    nn.init.zeros_(model.bridge.gates)
+    with model.looking_at(torch.randn(3, 5, 12)):
+        assert torch.equal(model.decoder(idx)[0], small_model(config=WIDE)(idx)[0])
+    nn.init.constant_(model.bridge.gates, 0.5)
+    with model.looking_at(torch.randn(3, 5, 12)):
+        assert not torch.allclose(model.decoder(idx)[0], small_model(config=WIDE)(idx)[0], atol=1e-2)
+
+
+def plain_attention(layer, x, source):
+    """caption.Attention for one row in float64, head by head and place by place."""
+    w = {n: p.double() for n, p in layer.state_dict().items()}
+    q, kv = x @ w["q.weight"].T + w["q.bias"], source @ w["kv.weight"].T + w["kv.bias"]
+    C, hs = x.size(1), x.size(1) // layer.n_head
+    y = torch.zeros_like(q)
+    for h in range(layer.n_head):
+        s = slice(h * hs, (h + 1) * hs)
+        for t in range(len(x)):
+            y[t, s] = (kv[:, :C][:, s] @ q[t, s] / math.sqrt(hs)).softmax(0) @ kv[:, C:][:, s]
+    return y @ w["out.weight"].T + w["out.bias"]
+
+
+def plain_norm(norm, x):
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt() * norm.weight.double() + norm.bias.double()
+
+
+def test_bridges_equal_plain_float64_ones():
+    torch.manual_seed(1)
+    x, vision = torch.randn(7, 32), torch.randn(5, 12)
+    layer = captioner("qformer").bridge.layers[0]
+    y = x.double() + plain_attention(layer.attend, plain_norm(layer.ln_1, x.double()), plain_norm(layer.ln_1, x.double()))
+    y = y + plain_attention(layer.look, plain_norm(layer.ln_2, y), vision.double())
+    w = {n: p.double() for n, p in layer.mlp.state_dict().items()}
+    u = plain_norm(layer.ln_3, y) @ w["c_fc.weight"].T + w["c_fc.bias"]
+    y = y + 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u ** 3))) @ w["c_proj.weight"].T + w["c_proj.bias"]
+    assert torch.allclose(layer(x[None], vision[None])[0].double(), y, atol=1e-5)
+    model = captioner("cross")
+    bridge, block = model.bridge, model.decoder.h[1]
+    seen = plain_norm(bridge.norm, vision.double()) + bridge.positions.double()
+    expected = x.double() + math.tanh(0.5) * plain_attention(bridge.look[1], plain_norm(bridge.ln[1], x.double()), seen)
+    with model.looking_at(vision[None]):
+        with_a_look = block(x[None])
+    assert torch.allclose(with_a_look, block(expected.float()[None]), atol=1e-4)
+    bridge = captioner("linear").bridge
+    expected = plain_norm(bridge.norm, vision.double()) @ bridge.project.weight.double().T + bridge.project.bias.double() + bridge.positions.double()
+    assert torch.allclose(bridge(vision[None])[0].double(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("side, grid", [(8, (4, 8)), (16, (4, 8)), (16, (8, 8)), (16, (16, 16))])
+def test_pooling_equals_a_plain_loop(side, grid):
+    tokens = torch.randn(2, 1 + side * side, 6)
+    pooled = caption.pool_tokens(tokens, grid)
+    square, h, w = tokens[:, 1:].view(2, side, side, 6), side // grid[0], side // grid[1]
+    for r in range(grid[0]):
+        for c in range(grid[1]):
+            assert torch.allclose(pooled[:, 1 + r * grid[1] + c], square[:, r * h:(r + 1) * h, c * w:(c + 1) * w].mean((1, 2)), atol=1e-6)
+    assert torch.equal(pooled[:, 0], tokens[:, 0])
+    with pytest.raises(UserError, match="does not divide"):
+        caption.pool_tokens(tokens, (3, 5))
+
+
+@pytest.fixture(scope="session")
+def eye(tmp_path_factory):
+    """A tiny CLIP with random weights, as a checkpoint."""
+    torch.manual_seed(3)
+    path = tmp_path_factory.mktemp("eye") / "clip.pt"
+    train_gpt2.save_checkpoint(path, {"format": train_gpt2.FORMAT, "clip": caption.TINY_CLIP, "model": caption.open_clip.CLIP(**caption.TINY_CLIP).state_dict()})
+    return path
+
+
+def test_features_are_computed_once_and_gone_on_with(eye, shapes, tmp_path, monkeypatch):
+    vision, pictures = caption.load_clip(eye), coco_eval.read_dataset(shapes, "train")[:150]
+    whole, good = caption.cached_features(vision, pictures, tmp_path / "a", "train", (4, 8), "cpu")
+    assert whole.shape == (150, 33, 96) and whole.dtype == np.float16 and all(good)
+    one = caption.pool_tokens(vision(caption.prepare(vision, [coco_eval.load_image(pictures[70]["path"])])))
+    assert np.allclose(whole[70], one[0].numpy(), atol=2e-2)
+    read = caption.readable
+    monkeypatch.setattr(caption, "readable", lambda *args: pytest.fail("what is on disk is computed again"))
+    again, _ = caption.cached_features(vision, pictures, tmp_path / "a", "train", (4, 8), "cpu")
+    assert np.array_equal(whole, again)
+    header = json.loads((tmp_path / "a/train.json").read_text())                 # as a kill after the first 64 leaves it
+    (tmp_path / "a/train.json").write_text(json.dumps({**header, "done": 64}))
+    seen = []
+    monkeypatch.setattr(caption, "readable", lambda path, *rest: seen.append(path) or read(path, *rest))
+    again, _ = caption.cached_features(vision, pictures, tmp_path / "a", "train", (4, 8), "cpu")
+    assert np.array_equal(whole, again) and len(seen) == 86
+    for wrong in ((vision, pictures[:9], (4, 8)), (vision, pictures, (8, 8)), (caption.Vision(vision.visual, vision.preprocess, "other"), pictures, (4, 8))):
+        with pytest.raises(UserError, match="other pictures, another CLIP"):
+            caption.cached_features(wrong[0], wrong[1], tmp_path / "a", "train", wrong[2], "cpu")
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    _, good = caption.cached_features(vision, [*pictures[:3], {"id": 77, "path": broken}], tmp_path / "b", "train", (4, 8), "cpu")
+    assert good == [True, True, True, False]
+
+
+@pytest.fixture(scope="session")
+def captions_run(eye, shapes, whole, tmp_path_factory):
+    """The flags of a short run, and the folder in which one was made without interruption."""
+    flags = ["--data", shapes, "--lm", whole[0] / "run/ckpt.pt", "--clip", eye, "--bridge", "cross", "--steps", 30, "--batch", 8, "--micro-batch", 4]
+    folder = tmp_path_factory.mktemp("captions")
+    process = run("caption.py", *flags, cwd=folder)
+    assert process.returncode == 0, process.stderr
+    return flags, folder, process.stdout
+
+
+def test_a_caption_run_leaves_its_folder(captions_run, shapes):
+    _, folder, output = captions_run
+    out = folder / "runs/shapes-cross"
+    assert {p.name for p in out.iterdir()} >= {"ckpt.pt", "best.pt", "log.csv", "curves.png", "grid.png", "results.json", "scores.json"}
+    assert "trainable parameters" in output and "METEOR (exact + stem)" in output and "facts, unseen pairs" in output and "left" in output
+    results = coco_eval.read_results(out / "results.json")
+    again = coco_eval.evaluate(coco_eval.read_references(shapes / "annotations/captions_val.json"), results)["corpus"]
+    scores = json.loads((out / "scores.json").read_text())
+    assert len(results) == 500 and all(scores[metric] == pytest.approx(again[metric]) for metric in again)
+    checkpoint = torch.load(out / "ckpt.pt", weights_only=True)
+    assert not any("wte" in name or "visual" in name for name in checkpoint["model"]) and (out / "ckpt.pt").stat().st_size < 4_000_000
+    assert Image.open(out / "grid.png").size[0] > 700
+    process = run("caption.py", *captions_run[0], cwd=folder)                    # a finished run is only scored again
+    assert process.returncode == 0 and "step" not in process.stdout.split("METEOR")[0].replace("steps", ""), process.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_an_interrupted_caption_run_ends_as_if_it_had_not_been(captions_run, tmp_path, number):
+    flags, folder, _ = captions_run
+    process = subprocess.Popen([sys.executable, "-u", HERE / "caption.py", *map(str, flags)], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith(f"step {20:>6}"):
+            process.send_signal(number)
+            break
+    process.stdout.read()
+    assert process.wait(timeout=60) != 0
+    assert run("caption.py", *flags, cwd=tmp_path).returncode == 0
+    one, other = (torch.load(f / "runs/shapes-cross/ckpt.pt", weights_only=True) for f in (folder, tmp_path))
+    assert all(torch.equal(t, other["model"][n]) for n, t in one["model"].items()) and one["best"] == other["best"]
+    logs = [[{k: v for k, v in row.items() if "second" not in k} for row in train_gpt2.read_log(f / "runs/shapes-cross/log.csv")] for f in (folder, tmp_path)]
+    assert logs[0] and all(row in logs[1] for row in logs[0])                     # the interrupted one may have a row more, where it stopped
+
+
+def test_sampling_pictures(captions_run, shapes, tmp_path):
+    flags, folder, _ = captions_run
+    (tmp_path / "my pictures").mkdir()
+    for i, suffix in enumerate((".png", ".jpg", ".webp")):
+        coco_eval.load_image(shapes / "val/000001.png").resize((90 + 40 * i, 70)).save(tmp_path / f"my pictures/{i}{suffix}")
+    (tmp_path / "my pictures/3.gif").write_bytes(b"GIF no")
+    flags = [*flags[:8], "--sample", tmp_path / "my pictures", "--ckpt", folder / "runs/shapes-cross/best.pt"]
+    process = run("caption.py", *flags, "--grid", tmp_path / "out.png", cwd=folder)
+    assert process.returncode == 0 and process.stdout.count("my pictures") == 3 and "3.gif cannot be read" in process.stderr, process.stderr
+    assert Image.open(tmp_path / "out.png").size[0] > 700
+    process = run("caption.py", *flags, "--num", 4, cwd=folder)
+    assert process.stdout.count("0.png:") == 4
+    (tmp_path / "my pictures/3.gif").unlink()
+    other = tmp_path / "other.pt"
+    train_gpt2.save_checkpoint(other, {**train_gpt2.read_checkpoint(flags[3]), "model": {n: p + 1e-3 for n, p in train_gpt2.read_checkpoint(flags[3])["model"].items()}})
+    assert_error(run("caption.py", *flags[:2], "--lm", other, *flags[4:], cwd=folder), "another decoder", "--lm")
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--bridge", "gate"], ["invalid choice", "linear"]), ([], ["--bridge"]), (["--bridge", "cross", "--sample", "nothing.png"], ["nothing.png is not there"]),
+    (["--bridge", "cross", "--sample", "empty"], ["no pictures"]), (["--bridge", "cross", "--sample", "1.png", "1.png"], ["named twice"]),
+    (["--bridge", "cross", "--sample", "text.png"], ["text.png cannot be read"]), (["--bridge", "cross", "--data", "empty", "--lm", "ckpt", "--clip", "x/y"], ["--clip x/y"]),
+    (["--bridge", "cross", "--data", "empty", "--lm", "ckpt", "--clip", "clip"], ["COCO's layout"])])
+def test_mistakes_in_captioning_are_one_line(args, words, tmp_path, whole, eye):
+    (tmp_path / "empty").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "1.png")
+    (tmp_path / "text.png").write_text("no picture")
+    given = {"ckpt": whole[0] / "run/ckpt.pt", "clip": eye}
+    process = run("caption.py", *(given.get(a, a) for a in args), cwd=tmp_path)
+    assert_error(process, *words)
+    assert not (tmp_path / "runs").exists()                # the pictures are looked at before anything is trained
 
 
 # ---------------------------------------------------------------------------------------------------------------------

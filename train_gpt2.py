@@ -950,7 +950,7 @@ def evaluate(args):
 
 def main(arguments=None):
     """The commands at the top of this file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = fineweb.Parser(__doc__)
     group = parser.add_argument_group("training")
     group.add_argument("--preset", choices=PRESETS, help="shape and recipe of the model")
     group.add_argument("--data", help="folder of shards (python fineweb.py makes one)")
