@@ -675,7 +675,7 @@ def evaluate(out, world, args):
 
 def draw_grid(path, pictures, captions, columns=3, size=256):
     """Pictures with their captions below, `columns` beside each other, as one PNG."""
-    font, gap, text = ImageFont.load_default(17), 24, 72
+    font, gap, text = ImageFont.load_default(17), 24, 96
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * (size + gap) + gap, rows * (size + text) + gap), "white")
     draw = ImageDraw.Draw(sheet)
@@ -684,7 +684,7 @@ def draw_grid(path, pictures, captions, columns=3, size=256):
         scale = size / max(picture.size)
         small = picture.resize([max(1, round(side * scale)) for side in picture.size], Image.LANCZOS)
         sheet.paste(small, (x + (size - small.width) // 2, y + (size - small.height) // 2))
-        draw.multiline_text((x, y + size + 6), "\n".join(textwrap.wrap(caption, 30)[:3]), "#111827", font)
+        draw.multiline_text((x, y + size + 6), "\n".join(textwrap.wrap(caption, 31)[:4]), "#111827", font)
     with fineweb.atomic_write(path) as file:
         sheet.save(file, "PNG")
 
