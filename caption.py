@@ -382,15 +382,17 @@ class World:
 def open_world(args):
     """The World that the flags ask for: the full one with --data, or where there are a GPU and COCO; else the tiny one, made where it is missing."""
     coco = Path("data/coco")
-    full = bool(args.data) or pick_device() == "cuda" and coco.exists()
+    full = bool(args.data) or pick_device() == "cuda" and coco.exists() or bool(args.sample) and Path(f"runs/coco-{args.bridge}/best.pt").exists()
     if full:
         data, clip, lm = Path(args.data or coco), args.clip or "ViT-L-14-quickgelu/openai", args.lm or next(filter(Path.exists, [Path("runs/gpt2/ckpt.pt")]), "gpt2")
     else:
         data, clip, lm = Path("data/shapes"), args.clip or "runs/tiny-clip/ckpt.pt", args.lm or "runs/tiny/ckpt.pt"
-        print("world      tiny: coloured shapes. For photographs: python coco_eval.py --download, then python caption.py --data data/coco --bridge …")
+        print("world      tiny: its bridges know coloured shapes only, and see them in photographs too. For photographs:\n"
+              f"           python coco_eval.py --download && python caption.py --data data/coco --bridge {args.bridge or 'linear'}", flush=True)
         make_tiny_world(data, clip, lm)
-    decoder, tokenizer, _ = train_gpt2.load_checkpoint(lm)
-    return World(data.name if full else "tiny", data, load_clip(clip), decoder, tokenizer, fingerprint(decoder))
+    decoder, tokenizer, checkpoint = train_gpt2.load_checkpoint(lm)
+    name = checkpoint.get("run", {}).get("preset", Path(lm).name)
+    return World(data.name if full else "tiny", data, load_clip(clip), decoder, tokenizer, f"{name} {fingerprint(decoder)}")
 
 
 def make_tiny_world(data, clip, lm):
@@ -769,9 +771,7 @@ def sample(args):
             print(f"lacking    the bridge: training {args.bridge}", flush=True)
             evaluate(train(args.bridge, world, args), world, args)
     captioner = load_captioner(path, world)
-    if world.name == "tiny":
-        print("this bridge knows coloured shapes only, so of a photograph it tells shapes too; for photographs:\n"
-              f"  python coco_eval.py --download && python caption.py --data data/coco --bridge {args.bridge}")
+    print(f"bridge     {path}")
     device, grid = pick_device(), tuple(map(int, args.grid_size.split("x")))
     tokens = pool_tokens(world.vision(prepare(world.vision, [image for _, image in found]).to(device)), grid).cpu().numpy()
     options = {"temperature": args.temperature, "top_p": args.top_p, "generator": torch.Generator(device).manual_seed(args.seed)} if args.num > 1 else {}

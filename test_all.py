@@ -15,9 +15,11 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -31,6 +33,7 @@ from torch.nn import functional as F
 import caption
 import coco_eval
 import fineweb
+import hellaswag
 import train_gpt2
 from fineweb import UserError
 from train_gpt2 import GPT, GPTConfig
@@ -652,6 +655,204 @@ def test_curves_are_drawn(tmp_path):
     assert {(255, 255, 255), (0x94, 0xa3, 0xb8)} <= colours
     assert train_gpt2.nice_ticks([3, 97]) == (0, 100, 20) and train_gpt2.nice_ticks([0.251, 0.309]) == pytest.approx((0.25, 0.31, 0.01))
     assert train_gpt2.nice_ticks([5, 5])[1] > 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# HellaSwag
+
+
+def made_items(number, seed=0):
+    """Items of the shapes world: a caption, cut, with four endings of different lengths."""
+    rng, items = random.Random(seed), []
+    for _ in range(number):
+        words = " ".join(fineweb.captions(fineweb.random_scene(rng), rng)).split()
+        cut = rng.randint(3, 20)
+        items.append({"ctx": " ".join(words[:cut]), "ctx_a": "a", "ctx_b": "b [x] c", "activity_label": "Shapes",
+                      "endings": [" ".join(rng.sample(words, rng.randint(1, 9))) for _ in range(4)], "label": rng.randrange(4)})
+    return items
+
+
+def plain_losses(model, item):
+    """The summed loss of each ending: one sequence at a time, logits everywhere."""
+    losses = []
+    for ending in item.endings:
+        context = item.context[-(model.config.block_size - len(max(item.endings, key=len))):]
+        idx = torch.tensor([context + ending])
+        log_p = model(idx)[0].log_softmax(-1)[0]
+        losses.append(-sum(log_p[len(context) - 1 + i, token].item() for i, token in enumerate(ending)))
+    return losses
+
+
+def assert_losses_are_plain_ones(model, items):
+    ours, plain = hellaswag.ending_losses(model, items, "cpu"), np.array([plain_losses(model, item) for item in items])
+    np.testing.assert_allclose(ours, plain, rtol=1e-5)
+    margin = np.sort(plain, 1)[:, 1] - np.sort(plain, 1)[:, 0] > 1e-4 * plain.max(1)
+    assert margin.sum() > len(items) / 2 and (ours.argmin(1) == plain.argmin(1))[margin].all()
+
+
+def test_endings_have_the_losses_of_one_at_a_time(monkeypatch):
+    tokenizer = fineweb.get_tokenizer("tiny")
+    model = small_model(config=GPTConfig(40, 448, 2, 2, 32, init_std=0.3, vocab_padding=17))
+    items = [hellaswag.render(example, tokenizer) for example in made_items(30)]
+    assert any(len(item.context) + max(map(len, item.endings)) < 25 for item in items)
+    items[3].context *= 9                                  # too long: cut from the left
+    with torch.no_grad():
+        assert_losses_are_plain_ones(model, items)
+        losses = hellaswag.ending_losses(model, items, "cpu")
+        monkeypatch.setattr(hellaswag, "BATCH_TOKENS", 1)
+        np.testing.assert_allclose(hellaswag.ending_losses(model, items[::-1], "cpu")[::-1], losses, rtol=1e-5)
+
+
+def test_accuracies_are_those_of_the_losses():
+    tokenizer, examples = fineweb.get_tokenizer("tiny"), made_items(40)
+    model = small_model(config=GPTConfig(64, 448, 2, 2, 32, init_std=0.3, vocab_padding=17))
+    examples[5]["endings"][2] = "a long ending " * 60      # cannot be scored
+    scores, right = hellaswag.evaluate(model, tokenizer, examples, "cpu", harness=True), np.zeros(4)
+    for harness in (0, 1):
+        for example in examples[:5] + examples[6:]:
+            item = hellaswag.render(example, tokenizer, bool(harness))
+            losses = np.array(plain_losses(model, item))
+            lengths = [len(ending) for ending in (example["endings"] if harness else item.endings)]
+            right[2 * harness:2 * harness + 2] += [losses.argmin() == example["label"], (losses / lengths).argmin() == example["label"]]
+    assert [scores[key] * 39 for key in ("acc", "acc_norm", "harness_acc", "harness_acc_norm")] == pytest.approx(right) and (scores["n"], scores["skipped"]) == (39, 1)
+    text = hellaswag.report(scores, "a note")
+    assert f"({round(right[1])} of 39)" in text and "1 items left out" in text and "a note" in text and "harness_acc_norm" in text
+
+
+def one_of_two(rank, port, folder):
+    """A process of test_two_processes_share_the_items."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    model = small_model(config=GPTConfig(64, 448, 2, 2, 32, init_std=0.3, vocab_padding=17))
+    scores = hellaswag.evaluate(model, fineweb.get_tokenizer("tiny"), made_items(41), "cpu")
+    Path(folder, f"{rank}.json").write_text(json.dumps(scores))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_share_the_items(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(one_of_two, (port, str(tmp_path)), nprocs=2)
+    model = small_model(config=GPTConfig(64, 448, 2, 2, 32, init_std=0.3, vocab_padding=17))
+    alone = hellaswag.evaluate(model, fineweb.get_tokenizer("tiny"), made_items(41), "cpu")
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)] == [alone, alone]
+
+
+def test_items_that_are_not_right(server, tmp_path, monkeypatch):
+    good = json.dumps(made_items(1)[0])
+    for bad in ("{", "[]", '{"ctx": "a"}', json.dumps({**made_items(1)[0], "label": 4}), json.dumps({**made_items(1)[0], "endings": ["a"] * 3})):
+        (tmp_path / "items.jsonl").write_text(f"{good}\n\n{bad}\n")
+        with pytest.raises(UserError, match="items.jsonl line 3"):
+            hellaswag.load_examples(tmp_path / "items.jsonl")
+    (tmp_path / "items.jsonl").write_text(good + "\n" + good)
+    examples, note = hellaswag.load_examples(tmp_path / "items.jsonl")
+    assert len(examples) == 2 and "not the published file" in note
+    monkeypatch.chdir(tmp_path)
+    server.files = {"/rowanz/hellaswag/master/data/hellaswag_val.jsonl": good.encode()}
+    with pytest.raises(UserError, match="not the expected one"):                 # another file than the published one is not taken
+        hellaswag.load_examples()
+    hellaswag.FILE.parent.mkdir(parents=True, exist_ok=True)
+    hellaswag.FILE.write_text(good)
+    with pytest.raises(UserError, match="not the published file.*--hellaswag"):
+        hellaswag.load_examples()
+    hellaswag.FILE.unlink()
+    monkeypatch.setenv(fineweb.MIRROR, "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="hellaswag_val.jsonl.*cannot be reached.*put the file at data/hellaswag"):
+        hellaswag.load_examples()
+    assert hellaswag.subset(examples * 50, 7) == hellaswag.subset(examples * 50, 7) and len(hellaswag.subset(examples, 7)) == 2
+
+
+def test_hellaswag_has_its_panel_and_the_tiny_world_says_why_it_has_none(whole, tmp_path):
+    (tmp_path / "log.csv").write_text("step,loss,val_val,hellaswag\n250,4,4,.26\n500,3,3,.28\n")
+    train_gpt2.draw_run(tmp_path)
+    assert Image.open(tmp_path / "curves.png").size == (1800, 480)
+    process = run("train_gpt2.py", "--eval", "--ckpt", whole[0] / "run/ckpt.pt", cwd=tmp_path)
+    assert "HellaSwag  not measured" in process.stdout and "context of 64" in process.stdout, process.stderr
+
+
+@real_data
+def test_rendering_of_the_first_original_items():
+    tokenizer = fineweb.get_tokenizer("gpt2")
+    for line in (REAL / "hellaswag/hellaswag_val_first10_original.jsonl").read_bytes().splitlines():
+        example = hellaswag.parse(line, "")
+        item = hellaswag.render(example, tokenizer)
+        assert tokenizer.decode(item.context) == example["ctx"] and [tokenizer.decode(e) for e in item.endings] == [" " + e for e in example["endings"]]
+        item = hellaswag.render(example, tokenizer, harness=True)
+        texts = [f"{example['activity_label']}: {example['ctx_a']} {example['ctx_b'][:1].upper()}{example['ctx_b'][1:].lower()}", *example["endings"]]
+        for i, text in enumerate(texts):                   # the harness's cleaning, spelled out
+            text = ". ".join(text.strip().split(" [title]"))
+            while "[" in text and "]" in text[text.index("["):]:
+                text = text[:text.index("[")] + text[text.index("]", text.index("[")) + 1:]
+            texts[i] = text.replace("  ", " ")
+        assert tokenizer.decode(item.context) == texts[0] and [tokenizer.decode(e) for e in item.endings] == [" " + t for t in texts[1:]]
+        whole_text = [tokenizer.encode_ordinary(texts[0] + " " + ending) for ending in texts[1:]]        # as the harness tokenises: together
+        assert [item.context + ending for ending in item.endings] == whole_text
+        assert item.characters == [len(t) for t in texts[1:]] and item.label == example["label"]
+
+
+@real_data
+def test_real_items_have_the_losses_of_one_at_a_time(tmp_path):
+    tokenizer, (examples, note) = fineweb.get_tokenizer("gpt2"), hellaswag.load_examples(REAL / "hellaswag/hellaswag_val.jsonl")
+    assert len(examples) == 10_042 and "not the published file" in note
+    by_length = sorted(examples, key=lambda e: len(e["ctx"]) + sum(map(len, e["endings"])))
+    odd = [e for e in examples if not (e["ctx"] + "".join(e["endings"])).isascii()]
+    items = [hellaswag.render(e, tokenizer, harness) for harness in (False, True) for e in by_length[:6] + by_length[-4:] + odd[:6]]
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(256, 50304, 2, 2, 32, init_std=0.3, vocab_padding=47))
+    with torch.no_grad():
+        assert_losses_are_plain_ones(model, items)
+    text = (json.loads(line)["text"] for line in open(next((REAL / "text/openstax-ccby").glob("*.jsonl")), encoding="utf-8"))
+    tokens = np.concatenate([fineweb.encode_document(t, tokenizer) for t, _ in zip(text, range(40))])
+    fineweb.write_shard(tmp_path / "x_train_000001.bin", tokens)
+    model = GPT(GPTConfig(256, 50304, 2, 2, 32, init_std=0.05, vocab_padding=47))
+    recipe = train_gpt2.Recipe(12, 1024, 4, 1e-2, 2)
+    training = train_gpt2.Training(model, recipe, train_gpt2.Tokens([tmp_path / "x_train_000001.bin"]), 0, "cpu")
+    for _ in range(12):
+        training.update()
+    with torch.no_grad():
+        assert_losses_are_plain_ones(model.eval(), items)
+    checkpoint = {"format": train_gpt2.FORMAT, "config": vars(model.config), "run": {"preset": "gpt2", "tokenizer": "gpt2"}, "model": model.state_dict()}
+    train_gpt2.save_checkpoint(tmp_path / "ckpt.pt", checkpoint)
+    process = run("train_gpt2.py", "--eval", "--ckpt", tmp_path / "ckpt.pt", "--hellaswag", REAL / "hellaswag/hellaswag_val.jsonl", "--limit", 20, cwd=tmp_path)
+    assert process.returncode == 0 and "of 20)" in process.stdout and "a fixed random subset" in process.stdout and "not the published file" in process.stdout, process.stderr
+
+
+@real_data
+@pytest.mark.skipif("MEASURE" not in os.environ, reason="measures speed: set MEASURE=1, and -s to see it")
+def test_measured_hellaswag_beside_one_at_a_time():
+    """The 124M on 48 items: four padded rows with all logits an item, in fp32, beside ours in fp32 and with bf16 products."""
+    tokenizer, examples = fineweb.get_tokenizer("gpt2"), hellaswag.subset(hellaswag.load_examples(REAL / "hellaswag/hellaswag_val.jsonl")[0], 48)
+    torch.manual_seed(0)
+    model, items = GPT(train_gpt2.PRESETS["gpt2"]).eval(), [hellaswag.render(example, tokenizer) for example in examples]
+
+    def one_at_a_time():
+        losses = []
+        for item in items:
+            width = len(item.context) + max(map(len, item.endings))
+            rows, mask = torch.zeros(4, width, dtype=torch.long), torch.zeros(4, width)
+            for row, ending in enumerate(item.endings):
+                rows[row, :len(item.context) + len(ending)] = torch.tensor(item.context + ending)
+                mask[row, len(item.context):len(item.context) + len(ending)] = 1
+            logits = model(rows)[0]
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten(), reduction="none").view(4, -1)
+            losses.append((loss * mask[:, 1:]).sum(1).tolist())
+        return np.array(losses)
+
+    def batched(bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            return hellaswag.ending_losses(model, items, "cpu")
+
+    ways, seconds = {"one at a time, fp32": one_at_a_time, "ours, fp32": lambda: batched(False), "ours, bf16": lambda: batched(True)}, {}
+    with torch.no_grad():
+        losses = {name: way() for name, way in ways.items()}
+        for name, way in [*ways.items(), *reversed(ways.items())]:               # there and back: the best of two
+            began = time.time()
+            way()
+            seconds[name] = min(seconds.get(name, math.inf), time.time() - began)
+    np.testing.assert_allclose(losses["ours, fp32"], losses["one at a time, fp32"], rtol=1e-5)
+    first = seconds["one at a time, fp32"]
+    print("\n" + "\n".join(f"{name:20} {1000 * s / len(items):6.0f} ms an item, {first / s:.2f} times" for name, s in seconds.items()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@ GPT-2 from scratch: the model, its training, its samples.
 
     python train_gpt2.py                                     train: the tiny world on a laptop (2 minutes), or the 124M on a GPU
     python train_gpt2.py --sample "Once upon a time"         continue a text
-    python train_gpt2.py --eval                              validation loss
+    python train_gpt2.py --eval                              validation loss and HellaSwag
     python train_gpt2.py --export-hf DIR                     a folder that transformers loads
 
 The same command continues a run that was interrupted. A run lives in runs/<preset>/: ckpt.pt, log.csv, curves.png, samples.txt.
@@ -34,6 +34,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 
 import fineweb
+import hellaswag
 from fineweb import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -422,15 +423,16 @@ class Recipe:
     weight_decay: float = 0.1
     clip: float = 1.0
     floor: float = 0.1            # the lowest learning rate as a share of the highest
+    hellaswag: bool = False       # measured with each evaluation, from step 250 on
 
 
 RECIPES = {                 #   steps, tokens a step, micro-batch, lr, warm-up
     "tiny":        Recipe(2_000, 24 * 64, 24, 2e-3, 40, eval_every=200, eval_tokens=20_480, log_every=20),
     "small":       Recipe(500, 8_192, 16, 2e-3, 50, eval_every=50, eval_tokens=16_384),
-    "gpt2":        Recipe(19_073, 524_288, 16, 6e-4, 715),                # 19,073 × 524,288 = 10.0 B tokens; 715 × 524,288 = 375 M as in GPT-3
-    "gpt2-medium": Recipe(19_073, 524_288, 8, 3e-4, 715),
-    "gpt2-large":  Recipe(19_073, 524_288, 4, 2.5e-4, 715),
-    "gpt2-xl":     Recipe(19_073, 524_288, 2, 2e-4, 715),
+    "gpt2":        Recipe(19_073, 524_288, 16, 6e-4, 715, hellaswag=True),                # 19,073 × 524,288 = 10.0 B tokens; 715 × 524,288 = 375 M as in GPT-3
+    "gpt2-medium": Recipe(19_073, 524_288, 8, 3e-4, 715, hellaswag=True),
+    "gpt2-large":  Recipe(19_073, 524_288, 4, 2.5e-4, 715, hellaswag=True),
+    "gpt2-xl":     Recipe(19_073, 524_288, 2, 2e-4, 715, hellaswag=True),
 }
 
 
@@ -502,6 +504,20 @@ def validation_loss(model, tokens, tokenizer, limit, micro_batch, device):
         count += int((y >= 0).sum())
         size += int(length[y[y >= 0]].sum())
     return {"loss": total / count, "bits": total / math.log(2) / max(size, 1)}
+
+
+def measure_hellaswag(model, tokenizer, examples, device, harness=False):
+    """hellaswag.evaluate() at the precision of training."""
+    with autocast(device):
+        return hellaswag.evaluate(model, tokenizer, examples, device, harness)
+
+
+def items_for_training():
+    """HellaSwag's items; without them training goes on, and says so."""
+    try:
+        return hellaswag.load_examples()[0]
+    except UserError as error:
+        print(f"HellaSwag  not measured: {error}", flush=True)
 
 
 @functools.lru_cache(maxsize=2)
@@ -648,7 +664,11 @@ def draw_run(out):
     lines = {"training": ([r["step"] for r in rows if "loss" in r], [r["loss"] for r in rows if "loss" in r])}
     for column in [c for c in (rows[-1] if rows else {}) if c.startswith("val_")]:
         lines[column.removeprefix("val_").replace("val", "validation")] = ([r["step"] for r in rows if column in r], [r[column] for r in rows if column in r])
-    draw_curves(out / "curves.png", [("loss, nats per token", "step", lines)])
+    panels, measured = [("loss, nats per token", "step", lines)], [r for r in rows if "hellaswag" in r]
+    if measured:
+        steps = [r["step"] for r in measured]
+        panels.append(("HellaSwag, acc_norm by token mean", "step", {"this run": (steps, [r["hellaswag"] for r in measured]), "OpenAI's 124M": (steps, [0.2955] * len(steps))}))
+    draw_curves(out / "curves.png", panels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -775,13 +795,19 @@ def train(args):
     if checkpoint:
         training.restore(checkpoint)
     describe(preset, data, out, device, model, recipe, tokens, training.step)
+    examples = items_for_training() if recipe.hellaswag else None
 
     def validate():
         scores = {name: validation_loss(model, shards, tokenizer, recipe.eval_tokens, recipe.micro_batch, device) for name, shards in val.items()}
         print("           " + "   ".join(f"{name} {score['loss']:.4f} nats a token, {score['bits']:.3f} bits a byte" for name, score in scores.items()), flush=True)
-        return {f"val_{name}": score["loss"] for name, score in scores.items()}
+        row = {f"val_{name}": score["loss"] for name, score in scores.items()}
+        if examples and training.step >= 250:
+            score = measure_hellaswag(model, tokenizer, examples, device)
+            print("           " + hellaswag.report(score), flush=True)
+            row["hellaswag"] = score["acc_norm"]
+        return row
 
-    loop(training, validate, [f"val_{name}" for name in val], out, {"config": asdict(config), "run": run}, flops_per_token(config))
+    loop(training, validate, [*(f"val_{name}" for name in val), "hellaswag"], out, {"config": asdict(config), "run": run}, flops_per_token(config))
     finish(training, val, tokenizer, out, preset)
 
 
@@ -932,7 +958,7 @@ def sample(args):
 
 
 def evaluate(args):
-    """Print the validation losses of a checkpoint."""
+    """Print the validation losses of a checkpoint, and its accuracies on HellaSwag."""
     path = newest_checkpoint(args)
     model, tokenizer, checkpoint = load_checkpoint(path)
     device, preset = pick_device(), checkpoint.get("run", {}).get("preset", "gpt2")
@@ -941,11 +967,19 @@ def evaluate(args):
     if preset == "tiny" and not args.data:
         fineweb.make_tiny(data)
     recipe = RECIPES[preset]
-    for name, tokens in find_shards(data)[1].items():
+    if not args.data and not data.exists():
+        print(f"validation not measured: no shards in {data} (python fineweb.py fetches them)")
+    for name, tokens in (find_shards(data)[1] if args.data or data.exists() else {}).items():
         score = validation_loss(model, tokens, tokenizer, recipe.eval_tokens, recipe.micro_batch, device)
         print(f"{name:10s} {score['loss']:.4f} nats a token, {score['bits']:.3f} bits a byte  ({path}, {data})")
     if preset == "tiny":
         print("context    " + ", ".join(f"{fact} {share:.2f}" for fact, share in context_use(model, tokenizer, device).items()) + "  (maps of 200 new scenes)")
+        print(f"HellaSwag  not measured: its items are longer than this model's context of {model.config.block_size} tokens")
+    else:
+        examples, note = hellaswag.load_examples(args.hellaswag)
+        chosen = hellaswag.subset(examples, args.limit)
+        note = ", ".join(filter(None, [note, f"{len(chosen):,} of {len(examples):,} items, a fixed random subset" if args.limit else ""]))
+        print(hellaswag.report(measure_hellaswag(model, tokenizer, chosen, device, harness=True), note))
 
 
 def main(arguments=None):
@@ -964,7 +998,9 @@ def main(arguments=None):
     group.add_argument("--restart", action="store_true", help="forget what is in the run's folder")
     group = parser.add_argument_group("with a trained model")
     group.add_argument("--sample", metavar="TEXT", help="continue TEXT")
-    group.add_argument("--eval", action="store_true", help="validation loss")
+    group.add_argument("--eval", action="store_true", help="validation loss and HellaSwag")
+    group.add_argument("--limit", type=positive, metavar="N", help="measure HellaSwag on N of its items, always the same")
+    group.add_argument("--hellaswag", metavar="FILE", help="items of HellaSwag other than the published file")
     group.add_argument("--export-hf", metavar="DIR", help="write a folder for transformers")
     group.add_argument("--ckpt", help="a checkpoint, a folder with safetensors, or gpt2, gpt2-medium, gpt2-large, gpt2-xl from OpenAI")
     group.add_argument("--max-new-tokens", type=positive, default=200)
