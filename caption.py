@@ -557,7 +557,7 @@ def choose_recipe(name, world, pictures, args):
     tiny = world.name == "tiny"
     batch = args.batch or (32 if tiny else 64)
     steps = args.steps or (STEPS if tiny and not args.epochs else max(1, round((args.epochs or EPOCHS) * pictures / batch)))
-    return Recipe(steps, batch, min(args.micro_batch or batch, batch), args.lr or LEARNING_RATES[name][0 if tiny else 1], max(1, round(0.03 * steps)), max(1, steps // 5))
+    return Recipe(steps, batch, min(args.micro_batch or batch, batch), args.lr or LEARNING_RATES[name][0 if tiny else 1], max(1, round(0.03 * steps)), max(1, steps // 10))
 
 
 def train(name, world, args, blind=False):
@@ -702,6 +702,7 @@ def compare(world, args):
         rows[name] |= {"blind": min(r["val_val"] for r in blind_log if "val_val" in r) * per_caption, "seconds": log[-1]["seconds"]}
         for label, kept in ((name, log), (f"{name}, blind", blind_log)):
             lines[label] = ([r["step"] for r in kept if "val_val" in r], [r["val_val"] for r in kept if "val_val" in r])
+    lines = dict(sorted(lines.items(), key=lambda line: "blind" in line[0]))
     folder.mkdir(parents=True, exist_ok=True)
     train_gpt2.draw_curves(folder / "curves.png", [("validation loss, nats per token", "step", lines)])
     table = comparison(rows)

@@ -639,11 +639,14 @@ def draw_curves(path, panels, size=(900, 480)):
         draw.line([(left, top), (left, bottom), (right, bottom)], "#374151", 4)
         draw.text(((left + right) / 2, 28), title, "#111827", bold, anchor="mt")
         draw.text(((left + right) / 2, height - 24), x_label, "#374151", font, anchor="mb")
-        for i, (label, (xs, ys)) in enumerate(lines.items()):
-            colour = colours[i % len(colours)]
+        for (xs, ys), colour in zip(lines.values(), colours):
             draw.line([at(x, y) for x, y in zip(xs, ys) if math.isfinite(y)], colour, 5, joint="curve")
-            draw.line([(right - 380, top + 32 + 48 * i), (right - 320, top + 32 + 48 * i)], colour, 8)
-            draw.text((right - 300, top + 32 + 48 * i), label, "#111827", font, anchor="lm")
+        behind = [at(x, y)[1] for xs, ys in lines.values() for x, y in zip(xs, ys) if math.isfinite(y) and at(x, y)[0] > right - 420]
+        tall = 48 * len(lines)
+        legend = min(range(top + 32, bottom - tall, 24), key=lambda place: sum(place - 32 < y < place + tall for y in behind))        # where the fewest points are
+        for i, (label, colour) in enumerate(zip(lines, colours)):
+            draw.line([(right - 380, legend + 48 * i), (right - 320, legend + 48 * i)], colour, 8)
+            draw.text((right - 300, legend + 48 * i), label, "#111827", font, anchor="lm")
     with fineweb.atomic_write(path) as file:
         picture.reduce(2).save(file, "PNG")
 
