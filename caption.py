@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import torch
+import torch.distributed as distributed
 import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
@@ -36,7 +37,7 @@ import coco_eval
 import fineweb
 import train_gpt2
 from fineweb import UserError
-from train_gpt2 import MLP, attention, autocast, clock, pick_device, positive
+from train_gpt2 import MLP, attention, autocast, clock, pick_device, positive, processes, rank, summed
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The eye: what CLIP sees, as tokens
@@ -400,12 +401,19 @@ def make_tiny_world(data, clip, lm):
     if str(lm) == "runs/tiny/ckpt.pt" and not train_gpt2.is_finished("runs/tiny"):
         print("lacking    the decoder: python train_gpt2.py --preset tiny, two minutes", flush=True)
         train_gpt2.main(["--preset", "tiny"])
-    if not data.exists():
+    if rank() == 0 and not data.exists():
         print(f"lacking    the pictures: drawing them in {data}", flush=True)
         coco_eval.make_shapes(data)
-    if str(clip) == "runs/tiny-clip/ckpt.pt" and not Path(clip).exists():
+    if rank() == 0 and str(clip) == "runs/tiny-clip/ckpt.pt" and not Path(clip).exists():
         print("lacking    the eye: a tiny CLIP, trained on these pictures and their captions", flush=True)
         train_clip(data, Path(clip))
+    wait()
+
+
+def wait():
+    """Until all processes are here."""
+    if processes() > 1:
+        distributed.barrier()
 
 
 def fingerprint(module):
@@ -505,10 +513,13 @@ class BridgeTraining(train_gpt2.Updates):
     def load(self, step):
         """The micro-batches of a step: [(vision tokens, packed captions, share of the step's targets)]."""
         pictures = train_gpt2.step_windows(self.seed, step, self.recipe.batch, len(self.captions))
-        parts = np.array_split(pictures, -(-len(pictures) // self.recipe.micro_batch))
-        batches = [lay_out(self.features, self.captions, part, self.net) for part in parts]
-        targets = [int((packed.targets >= 0).sum()) for _, packed in batches]
-        return [(x, packed, count / sum(targets)) for (x, packed), count in zip(batches, targets)]
+        mine = np.array_split(pictures, processes())[rank()]                     # each process takes its slice
+        parts = np.array_split(mine, -(-len(mine) // self.recipe.micro_batch))
+        return [(*lay_out(self.features, self.captions, part, self.net), self.targets(part) / self.targets(pictures)) for part in parts]
+
+    def targets(self, pictures):
+        """How many targets the captions of these pictures have: their tokens, and an end for each."""
+        return sum(len(tokens) + 1 for i in pictures for tokens in self.captions[i])
 
 
 def lay_out(features, captions, pictures, captioner):
@@ -526,11 +537,13 @@ def encode_captions(pictures, tokenizer, room):
 def caption_loss(captioner, features, captions, device, batch=50):
     """(nats per token, nats per caption) over all pictures."""
     total = tokens = 0
-    for part in np.array_split(np.arange(len(captions)), -(-len(captions) // batch)):
+    mine = np.arange(len(captions))[rank()::processes()]
+    for part in np.array_split(mine, -(-len(mine) // batch)) if len(mine) else ():
         vision, packed = lay_out(features, captions, part, captioner)
         with autocast(device):
             total += captioner.loss(vision.to(device), packed.to(device), "sum").item()
         tokens += int((packed.targets >= 0).sum())
+    total, tokens = summed(torch.tensor([total, tokens], dtype=torch.float64, device=device if device == "cuda" else "cpu")).tolist()
     return total / tokens, total / sum(map(len, captions))
 
 
@@ -546,7 +559,10 @@ def dataset(world, split, args, device):
     pictures = coco_eval.read_dataset(world.data, split)
     grid = tuple(map(int, args.grid_size.split("x")))
     folder = Path("data/features") / f"{world.name}-{world.vision.name.replace('/', '-').replace(' ', '-')}-{args.grid_size}"
-    features, good = cached_features(world.vision, pictures, folder, split, grid, device)
+    for turn in range(min(processes(), 2)):                # the first process computes what is missing, then the others read it
+        if (rank() > 0) == turn:
+            features, good = cached_features(world.vision, pictures, folder, split, grid, device)
+        wait()
     if not any(good):
         raise UserError(f"no picture of {world.data} ({split}) can be read: check the folder")
     return [p for p, g in zip(pictures, good) if g], features if all(good) else features[np.flatnonzero(good)]
@@ -586,8 +602,8 @@ def train(name, world, args, blind=False):
     def validate():
         token, caption = caption_loss(captioner, val_features, seen, device)
         print(f"           val {token:.4f} nats a token, {caption:.3f} a caption", flush=True)
-        if token < header["best"]:
-            header["best"] = token
+        better, header["best"] = token < header["best"], min(token, header["best"])
+        if better and rank() == 0:
             with fineweb.atomic_write(out / "best.pt") as file:
                 torch.save({"format": train_gpt2.FORMAT, "run": run, "step": training.step, "model": captioner.bridge.state_dict()}, file)
         return {"val_val": token}
@@ -620,13 +636,18 @@ def load_captioner(path, world):
 @torch.no_grad()
 def write_captions(captioner, features, tokenizer, prompts=None, batch=250, **options):
     """A caption for each row of features (N, S, D); prompts: N token lists of one length that the captions begin with."""
-    device, texts = next(captioner.bridge.parameters()).device, []
-    for begin in range(0, len(features), batch):
-        vision = torch.from_numpy(np.asarray(features[begin:begin + batch], dtype=np.float32)).to(device)
+    device, mine, texts = next(captioner.bridge.parameters()).device, range(rank(), len(features), processes()), []
+    for begin in range(0, len(mine), batch):
+        part = list(mine[begin:begin + batch])
+        vision = torch.from_numpy(np.asarray(features[part], dtype=np.float32)).to(device)
         with autocast(device.type):
-            rows = captioner.generate(vision, prompt=prompts[begin:begin + batch] if prompts else (), **options).tolist()
+            rows = captioner.generate(vision, prompt=[prompts[i] for i in part] if prompts else (), **options).tolist()
         texts += [tokenizer.decode([token for token in row if token != captioner.eot], errors="replace").strip() for row in rows]
-    return texts
+    if processes() == 1:
+        return texts
+    shares = [None] * processes()
+    distributed.all_gather_object(shares, texts)
+    return [shares[i % processes()][i // processes()] for i in range(len(features))]
 
 
 def share_of_facts(captioner, features, pictures, tokenizer):
@@ -661,11 +682,8 @@ def evaluate(out, world, args):
         row["facts"] = share_of_facts(captioner, features[seen], told, world.tokenizer)
         row["facts, shuffled"] = share_of_facts(captioner, features[shuffled], told, world.tokenizer)
         row["facts, unseen pairs"] = share_of_facts(captioner, features[rest], [pictures[i] for i in rest], world.tokenizer)
-    for file, content in (("results.json", [{"image_id": pictures[i]["id"], "caption": text} for i, text in zip(seen, texts)]), ("scores.json", {**row, **scores})):
-        with fineweb.atomic_write(Path(out) / file, "w", encoding="utf-8") as target:
-            json.dump(content, target)
-    nine = seen[::max(len(seen) // 9, 1)][:9]
-    draw_grid(Path(out) / "grid.png", [coco_eval.load_image(pictures[i]["path"]) for i in nine], [texts[seen.index(i)] for i in nine])
+    if rank() == 0:
+        write_scores(Path(out), [pictures[i] for i in seen], texts, {**row, **scores})
     print(f"{len(seen)} validation pictures of {world.data}, greedy: {row['nats a caption']:.2f} nats a caption, with shuffled pictures {row['shuffled']:.2f}")
     print(coco_eval.table(scores, len(seen)))
     for kind in ("facts", "facts, shuffled", "facts, unseen pairs"):
@@ -673,6 +691,15 @@ def evaluate(out, world, args):
             print(f"{kind:22} " + "  ".join(f"{fact} {share:.2f}" for fact, share in row[kind].items()))
     print(f"{out} has best.pt, results.json, scores.json, curves.png and grid.png")
     return row
+
+
+def write_scores(out, pictures, texts, scores):
+    """results.json in COCO's format, scores.json, and grid.png with nine of the pictures."""
+    for file, content in (("results.json", [{"image_id": p["id"], "caption": text} for p, text in zip(pictures, texts)]), ("scores.json", scores)):
+        with fineweb.atomic_write(out / file, "w", encoding="utf-8") as target:
+            json.dump(content, target)
+    nine = range(0, len(pictures), max(len(pictures) // 9, 1))[:9]
+    draw_grid(out / "grid.png", [coco_eval.load_image(pictures[i]["path"]) for i in nine], [texts[i] for i in nine])
 
 
 def draw_grid(path, pictures, captions, columns=3, size=256):
@@ -703,6 +730,8 @@ def compare(world, args):
         for label, kept in ((name, log), (f"{name}, blind", blind_log)):
             lines[label] = ([r["step"] for r in kept if "val_val" in r], [r["val_val"] for r in kept if "val_val" in r])
     lines = dict(sorted(lines.items(), key=lambda line: "blind" in line[0]))
+    if rank() > 0:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     train_gpt2.draw_curves(folder / "curves.png", [("validation loss, nats per token", "step", lines)])
     table = comparison(rows)
@@ -814,6 +843,7 @@ def main():
     group.add_argument("--top-p", type=float, default=0.9)
     group.add_argument("--grid", metavar="FILE", help="draw the pictures with their captions")
     args = parser.parse_args()
+    train_gpt2.join_processes()
     if args.compare:
         compare(open_world(args), args)
     elif not args.bridge:

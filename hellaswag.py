@@ -160,7 +160,7 @@ def evaluate(model, tokenizer, examples, device, harness=False):
         losses = ending_losses(model, mine, device)
         lengths = np.array([item.characters if prefix else list(map(len, item.endings)) for item in mine]).reshape(-1, 4)
         labels = np.array([item.label for item in mine], dtype=int)
-        right = torch.tensor([(losses.argmin(1) == labels).sum(), ((losses / lengths).argmin(1) == labels).sum()], device=device, dtype=torch.float64)
+        right = torch.tensor([(losses.argmin(1) == labels).sum(), ((losses / lengths).argmin(1) == labels).sum()], device=device, dtype=torch.float32)
         if processes > 1:
             distributed.all_reduce(right)
         acc, acc_norm = (right / max(len(fitting), 1)).tolist()

@@ -730,10 +730,7 @@ def one_of_two(rank, port, folder):
 
 
 def test_two_processes_share_the_items(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(one_of_two, (port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(one_of_two, (free_port(), str(tmp_path)), nprocs=2)
     model = small_model(config=GPTConfig(64, 448, 2, 2, 32, init_std=0.3, vocab_padding=17))
     alone = hellaswag.evaluate(model, fineweb.get_tokenizer("tiny"), made_items(41), "cpu")
     assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)] == [alone, alone]
@@ -1465,6 +1462,69 @@ def test_mistakes_in_captioning_are_one_line(args, words, tmp_path, whole, eye):
     process = run("caption.py", *(given.get(a, a) for a in args), cwd=tmp_path)
     assert_error(process, *words)
     assert not (tmp_path / "runs").exists()                # the pictures are looked at before anything is trained
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def train_together(rank, size, port, tiny, out):
+    """One of `size` processes: three steps of a decoder, its validation, and three of a bridge, in fp32; the first one writes what came."""
+    train_gpt2.autocast = caption.autocast = lambda device: torch.autocast("cpu", enabled=False)
+    torch.set_num_threads(1)
+    if size > 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+        train_gpt2.join_processes()
+    tokens, val = train_gpt2.find_shards(tiny)
+    recipe = train_gpt2.Recipe(steps=3, batch_tokens=8 * 64, micro_batch=8 // size if size < 4 else 1, lr=1e-3, warmup=1)
+    training = train_gpt2.Training(small_model(config=train_gpt2.PRESETS["tiny"]), recipe, tokens, 0, "cpu")
+    training.step = tokens.windows(64) // 8 - 1            # over the border of an epoch: the last window is not full
+    losses = [x.item() for _ in range(3) for x in training.update()]
+    losses.append(train_gpt2.validation_loss(training.raw.eval(), val["scenes"], fineweb.get_tokenizer("tiny"), 64 * 21, 4, "cpu")["loss"])
+    captions, features = some_captions(9), np.random.RandomState(0).randn(9, 5, 12).astype(np.float16)
+    training = caption.BridgeTraining(captioner("cross"), caption.Recipe(3, 8, 8, 1e-2, 1, 3), features, captions, 0, "cpu")
+    losses += [x.item() for _ in range(3) for x in training.update()]
+    losses.append(caption.caption_loss(training.net, features, captions, "cpu")[0])
+    texts = caption.write_captions(training.net, features, fineweb.get_tokenizer("tiny"), max_new_tokens=6)
+    if rank == 0:
+        Path(out).write_text(json.dumps([losses, texts]))
+
+
+def test_one_two_and_four_processes_have_the_same_losses(tiny, tmp_path):
+    results = []
+    for size in (1, 2, 4):
+        torch.multiprocessing.spawn(train_together, (size, free_port(), tiny, str(tmp_path / "out.json")), nprocs=size)
+        results.append(json.loads((tmp_path / "out.json").read_text()))
+    for losses, texts in results[1:]:
+        assert losses == pytest.approx(results[0][0], rel=1e-5) and texts == results[0][1]
+
+
+def torchrun(script, *args, cwd, size=2, **options):
+    return [sys.executable, "-u", "-m", "torch.distributed.run", "--nproc_per_node", str(size), "--master_port", str(free_port()), str(HERE / script), *map(str, args)]
+
+
+def test_a_signal_to_one_process_stops_all_and_one_goes_on(tiny, tmp_path):
+    flags = ["--preset", "tiny", "--data", tiny, "--out", "run", "--steps", 400, "--batch-tokens", 1024, "--micro-batch", 4, "--eval-every", 200]
+    process = subprocess.Popen(torchrun("train_gpt2.py", *flags, cwd=tmp_path), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    output = ""
+    for line in process.stdout:
+        output += line
+        if line.startswith("step     20"):
+            children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+            os.kill(int(children[1]), signal.SIGTERM)
+    assert process.wait(timeout=90) != 0 and "2 processes" in output and "saved in run/ckpt.pt" in output, output
+    stopped = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["step"]
+    assert 20 < stopped < 200
+    flags[flags.index(400)] = stopped + 3
+    process = run("train_gpt2.py", *flags, cwd=tmp_path)   # one process goes on with what two began
+    assert process.returncode == 0 and f"going on after step {stopped}" in process.stdout, process.stderr
+    assert torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["step"] == stopped + 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------

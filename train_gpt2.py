@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as distributed
 import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
@@ -369,6 +370,10 @@ class Tokens:
         """How many windows of T inputs there are; every token but the very first is a target in exactly one of them."""
         return -(-(len(self) - 1) // T)
 
+    def targets(self, windows, T):
+        """How many targets the windows have together."""
+        return int(np.minimum(T, len(self) - 1 - np.asarray(windows) * T).sum())
+
     def batch(self, windows, T, vocab):
         """Inputs and targets (B, T) of the given windows; behind the end of the row targets are -100."""
         x, y = np.zeros((len(windows), T), dtype=np.int64), np.full((len(windows), T), -100, dtype=np.int64)
@@ -463,6 +468,33 @@ def pick_device():
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def join_processes():
+    """Under torchrun, make this process one of several: NCCL on GPUs, gloo on CPUs; only the first one prints."""
+    if "RANK" in os.environ and not distributed.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if distributed.get_rank():
+            sys.stdout = open(os.devnull, "w")
+
+
+def rank():
+    """Which of the processes this is, from 0."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def processes():
+    """How many processes train together."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def summed(tensor):
+    """A tensor summed over all processes, in place."""
+    if processes() > 1:
+        distributed.all_reduce(tensor)
+    return tensor
+
+
 def autocast(device):
     """Matrix products in bf16 where the hardware has it (weights stay fp32): CUDA from sm80, CPUs with AVX512-BF16 or AMX."""
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else device == "cpu" and torch.cpu._is_avx512_bf16_supported()
@@ -495,14 +527,15 @@ def flops_per_token(config):
 def validation_loss(model, tokens, tokenizer, limit, micro_batch, device):
     """Mean loss over the first `limit` targets of a validation set: {"loss": nats per token, "bits": bits per byte of text}."""
     T, total, count, size = model.config.block_size, 0.0, 0, 0
-    windows = np.arange(max(1, min(tokens.windows(T), limit // T)))
+    windows = np.arange(max(1, min(tokens.windows(T), limit // T)))[rank()::processes()]
     length = token_lengths(tokenizer)
-    for chunk in np.array_split(windows, -(-len(windows) // micro_batch)):
+    for chunk in np.array_split(windows, -(-len(windows) // micro_batch)) if len(windows) else ():
         x, y = tokens.batch(chunk, T, tokenizer.n_vocab)
         with autocast(device):
             total += model.loss(model.decode(model.embed(x.to(device))), y.to(device), "sum").item()
         count += int((y >= 0).sum())
         size += int(length[y[y >= 0]].sum())
+    total, count, size = summed(torch.tensor([total, count, size], dtype=torch.float64, device=device if device == "cuda" else "cpu")).tolist()
     return {"loss": total / count, "bits": total / math.log(2) / max(size, 1)}
 
 
@@ -701,12 +734,12 @@ def choose_recipe(args, config, preset):
     recipe = Recipe(**{**asdict(RECIPES[preset]), **given})
     T, micro = config.block_size, recipe.micro_batch
     if args.micro_batch is None:                           # the largest up to the preset's that divides
-        windows = max(recipe.batch_tokens // T, 1)
+        windows = max(recipe.batch_tokens // T // processes(), 1)
         micro = next(m for m in range(min(micro, windows), 0, -1) if windows % m == 0)
-    unit = T * micro
+    unit = T * micro * processes()
     if recipe.batch_tokens % unit:
         low, high = recipe.batch_tokens // unit * unit, -(-recipe.batch_tokens // unit) * unit
-        raise UserError(f"--batch-tokens {recipe.batch_tokens:,} is no multiple of {micro} windows of {T} tokens: take {f'{low:,} or ' if low else ''}{high:,}, or another --micro-batch")
+        raise UserError(f"--batch-tokens {recipe.batch_tokens:,} is no multiple of {micro} windows of {T} tokens{f' on {processes()} processes' if processes() > 1 else ''}: take {f'{low:,} or ' if low else ''}{high:,}, or another --micro-batch")
     return Recipe(**{**asdict(recipe), "micro_batch": micro})
 
 
@@ -736,6 +769,7 @@ class Updates:
                 loss = self.net(x, y)[1] * share
             loss.backward()
             total += loss.detach()
+        self.synchronise(total)
         norm = nn.utils.clip_grad_norm_(self.raw.parameters(), self.recipe.clip)
         bad = (~torch.isfinite(norm + total)).float()
         for group in self.optimizer.param_groups:
@@ -747,6 +781,14 @@ class Updates:
         self.worst = torch.maximum(self.worst, self.streak)
         self.step += 1
         return total, norm
+
+    def synchronise(self, total):
+        """Sum gradients and loss over all processes, once a step and in one piece; each holds its share of the mean already."""
+        if processes() > 1:
+            tensors = [p.grad for p in self.raw.parameters() if p.grad is not None] + [total]
+            flat = summed(torch.cat([t.flatten() for t in tensors]))
+            for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+                t.copy_(part.view_as(t))
 
     def state(self):
         return {"step": self.step, "seconds": self.seconds, "skipped": int(self.skipped), "model": self.raw.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -771,15 +813,16 @@ class Training(Updates):
         T = self.raw.config.block_size
         windows = step_windows(self.seed, step, self.recipe.batch_tokens // T, self.tokens.windows(T))
         vocab = self.raw.config.vocab_size - self.raw.config.vocab_padding
-        batches = [self.tokens.batch(part, T, vocab) for part in windows.reshape(-1, self.recipe.micro_batch)]
-        targets = sum(int((y >= 0).sum()) for _, y in batches)
+        mine = windows.reshape(processes(), -1, self.recipe.micro_batch)[rank()]           # each process takes its slice
+        targets, batches = self.tokens.targets(windows, T), [self.tokens.batch(part, T, vocab) for part in mine]
         if self.device == "cuda":
             batches = [(x.pin_memory(), y.pin_memory()) for x, y in batches]
-        return [(x, y, int((y >= 0).sum()) / targets) for x, y in batches]
+        return [(x, y, self.tokens.targets(part, T) / targets) for (x, y), part in zip(batches, mine)]
 
 
 def train(args):
     """Train, or go on with a run, until its last step; Ctrl-C and SIGTERM save and stop."""
+    join_processes()
     preset, data = choose_world(args)
     config, device, out = PRESETS[preset], pick_device(), Path(args.out or f"runs/{preset}")
     recipe, (tokens, val) = choose_recipe(args, config, preset), find_shards(data)
@@ -811,7 +854,8 @@ def train(args):
         return row
 
     loop(training, validate, [*(f"val_{name}" for name in val), "hellaswag"], out, {"config": asdict(config), "run": run}, flops_per_token(config))
-    finish(training, val, tokenizer, out, preset)
+    if rank() == 0:
+        finish(training, val, tokenizer, out, preset)
 
 
 def unfinished(out, run):
@@ -838,10 +882,11 @@ def describe(preset, data, out, device, model, recipe, tokens, step):
     name = torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads" if device == "cpu" else device
     mixture = " (80 % scenes of coloured shapes, 20 % English)" if data.name == "tiny" else ""
     print(f"data       {data}: {len(tokens):,} tokens for training{mixture}")
-    print(f"device     {name}")
+    print(f"device     {name}{f', {processes()} processes' if processes() > 1 else ''}")
     print(f"precision  {precision}")
     print(f"model      {preset}: {sum(p.numel() for p in model.parameters()):,} parameters ({c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, context {T})")
-    print(f"step       {recipe.batch_tokens:,} tokens = {recipe.batch_tokens // T // recipe.micro_batch} micro-batches of {recipe.micro_batch} × {T}")
+    several = f"{processes()} processes × " if processes() > 1 else ""
+    print(f"step       {recipe.batch_tokens:,} tokens = {several}{recipe.batch_tokens // T // recipe.micro_batch // processes()} micro-batches of {recipe.micro_batch} × {T}")
     print(f"run        {out}: {recipe.steps:,} steps, {recipe.steps * recipe.batch_tokens / max(len(tokens), 1):.1f} epochs{f'; going on after step {step:,}' if step else ''}", flush=True)
 
 
@@ -851,7 +896,7 @@ def loop(training, validate, columns, out, header, flops):
     validate() prints and returns what the `columns` of log.csv hold. header: what a checkpoint says of its run. flops: of each unit, for MFU.
     """
     recipe, path = training.recipe, out / "ckpt.pt"
-    log = Log(out / "log.csv", ["step", "loss", "lr", "norm", "skipped", *columns, f"{training.unit}_per_second", "seconds"], training.step)
+    log = Log(out / "log.csv", ["step", "loss", "lr", "norm", "skipped", *columns, f"{training.unit}_per_second", "seconds"], training.step) if rank() == 0 else None
     caught = []
     handlers = {number: signal.signal(number, lambda n, _: caught.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
     began, first = time.time(), training.step
@@ -860,6 +905,8 @@ def loop(training, validate, columns, out, header, flops):
             loss, norm = training.update()
             step = training.step
             last, asked = step == recipe.steps, bool(caught)
+            if processes() > 1:                            # a signal to one process stops all of them, at the next step that is logged
+                asked = step % recipe.log_every == 0 and summed(torch.tensor(float(asked), device=training.device)).item() > 0
             row = {}
             if step % recipe.log_every == 0 or step == 1 or last or asked:
                 row = {"loss": loss.item(), "lr": learning_rate(step - 1, recipe), "norm": norm.item(), "skipped": int(training.skipped)}
@@ -873,15 +920,16 @@ def loop(training, validate, columns, out, header, flops):
                     raise UserError(f"the loss was not finite in {PATIENCE} steps in a row: go on from the last good checkpoint, {path}, with a lower --lr")
             if step % recipe.eval_every == 0 or last:
                 row |= validate()
-            if row:
+            if row and log:
                 log.add(step=step, **row)
             if step % recipe.eval_every == 0 or last or asked:
-                save_checkpoint(path, {"format": FORMAT, **header, **training.state()})
-                draw_run(out)
+                if log:
+                    save_checkpoint(path, {"format": FORMAT, **header, **training.state()})
+                    draw_run(out)
                 began = time.time()
                 if asked and not last:
                     print(f"stopped after step {step:,}, saved in {path}; the same command goes on from there")
-                    sys.exit(128 + caught[0])
+                    sys.exit(128 + (caught or [signal.SIGTERM])[0])
     except torch.OutOfMemoryError:
         raise UserError(f"the GPU's memory is too small for micro-batches of {recipe.micro_batch}: use --micro-batch {max(recipe.micro_batch // 2, 1)}") from None
     finally:
