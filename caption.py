@@ -3,7 +3,7 @@ Pictures in words: a frozen CLIP and a frozen GPT-2, joined by a small bridge th
 
     python caption.py --bridge linear --sample img.jpg [more.jpg | FOLDER …]      caption pictures; trains what is missing (5 minutes on a laptop)
     python caption.py --bridge {linear,cross,qformer}                             train, score, and draw a 3 × 3 grid
-    python caption.py --bridge linear --eval                                      results.json and scores.json
+    python caption.py --bridge linear --eval [--beam 5]                           results.json and scores.json
     python caption.py --compare                                                   all three under one budget, one table
 
 Without a GPU and COCO this happens in the tiny world: pictures of coloured shapes, drawn here, a CLIP of 64 × 64 pixels, trained
@@ -278,6 +278,40 @@ class Captioner(nn.Module):
         room = self.decoder.config.block_size - self.bridge.P - idx.size(1)
         with self.looking_at(vision):
             return self.decoder.generate(idx, min(max_new_tokens, room), temperature=temperature, prefix=self.begin(vision), stop=self.eot, **options)
+
+
+    @torch.no_grad()
+    def beam_search(self, vision, beams, max_new_tokens=30, length_penalty=1.0):
+        """Token ids (B, new) of the best caption of each picture, keeping the `beams` best beginnings at every step.
+
+        A caption of n tokens, its end among them, is worth the sum of its log probabilities / n^length_penalty (Wu et al. 2016,
+        section 7, in the simple form): 0 favours short captions, 1 compares means. One beam is greedy decoding.
+        """
+        B, W, decoder = len(vision), beams, self.decoder
+        V, device = decoder.config.vocab_size - decoder.config.vocab_padding, vision.device
+        vision = vision.repeat_interleave(W, 0)                                  # (B·W, S, D)
+        x, cache = self.begin(vision), [train_gpt2.KeyValues() for _ in decoder.h]
+        tokens, done = torch.zeros(B, W, 0, dtype=torch.long, device=device), torch.zeros(B, W, dtype=torch.bool, device=device)
+        total, length = torch.full((B, W), -math.inf, device=device), torch.zeros(B, W, device=device)
+        total[:, 0] = 0                                                          # all beams are alike at first: only one may go on
+        with self.looking_at(vision):
+            for step in range(min(max_new_tokens, decoder.config.block_size - self.bridge.P)):
+                log_p = decoder.logits(decoder.decode(x, cache=cache)[:, -1])[:, :V].float().log_softmax(-1).view(B, W, V)
+                log_p = log_p.masked_fill(done[:, :, None], -math.inf)
+                log_p[:, :, self.eot] = torch.where(done, 0.0, log_p[:, :, self.eot])        # what has ended stays as it is
+                sums, lengths = total[:, :, None] + log_p, length + ~done
+                best = (sums / lengths[:, :, None] ** length_penalty).view(B, -1).topk(W).indices        # (B, W), the best first
+                parent, token = best // V, best % V
+                total, length = sums.view(B, -1).gather(1, best), lengths.gather(1, parent)
+                tokens = torch.cat([tokens.gather(1, parent[:, :, None].expand(-1, -1, tokens.size(2))), token[:, :, None]], dim=2)
+                done = done.gather(1, parent) | (token == self.eot)
+                if done.all():
+                    break
+                rows = (parent + W * torch.arange(B, device=device)[:, None]).view(-1)
+                for layer in cache:
+                    layer.k, layer.v = layer.k[rows], layer.v[rows]
+                x = decoder.embed(token.view(-1, 1), torch.tensor([self.bridge.P + step], device=device))
+        return tokens[:, 0]
 
 
 def clean_caption(text):
@@ -634,14 +668,17 @@ def load_captioner(path, world):
 
 
 @torch.no_grad()
-def write_captions(captioner, features, tokenizer, prompts=None, batch=250, **options):
-    """A caption for each row of features (N, S, D); prompts: N token lists of one length that the captions begin with."""
+def write_captions(captioner, features, tokenizer, prompts=None, beams=1, batch=250, **options):
+    """A caption for each row of features (N, S, D); prompts: N token lists of one length that the captions begin with. Several processes share the rows."""
     device, mine, texts = next(captioner.bridge.parameters()).device, range(rank(), len(features), processes()), []
     for begin in range(0, len(mine), batch):
         part = list(mine[begin:begin + batch])
         vision = torch.from_numpy(np.asarray(features[part], dtype=np.float32)).to(device)
         with autocast(device.type):
-            rows = captioner.generate(vision, prompt=[prompts[i] for i in part] if prompts else (), **options).tolist()
+            if beams > 1:
+                rows = captioner.beam_search(vision, beams, **options).tolist()
+            else:
+                rows = captioner.generate(vision, prompt=[prompts[i] for i in part] if prompts else (), **options).tolist()
         texts += [tokenizer.decode([token for token in row if token != captioner.eot], errors="replace").strip() for row in rows]
     if processes() == 1:
         return texts
@@ -671,9 +708,11 @@ def evaluate(out, world, args):
     captions = encode_captions(pictures, world.tokenizer, captioner.decoder.config.block_size - captioner.bridge.P)
     seen, rest = [i for i, p in enumerate(pictures) if not unseen(p)], [i for i, p in enumerate(pictures) if unseen(p)]
     shuffled = np.roll(seen, 1)
-    texts = write_captions(captioner, features[seen], world.tokenizer)
+    decoding = f"beam {args.beam}, length penalty {args.length_penalty}" if args.beam > 1 else "greedy"
+    beams = {"beams": args.beam, "length_penalty": args.length_penalty} if args.beam > 1 else {}
+    texts = write_captions(captioner, features[seen], world.tokenizer, **beams)
     scores = coco_eval.evaluate({pictures[i]["id"]: pictures[i]["captions"] for i in seen}, {pictures[i]["id"]: text for i, text in zip(seen, texts)})
-    row = {"parameters": sum(p.numel() for p in captioner.bridge.parameters()), "pictures": len(seen), "decoding": "greedy"}
+    row = {"parameters": sum(p.numel() for p in captioner.bridge.parameters()), "pictures": len(seen), "decoding": decoding}
     row["nats a caption"] = caption_loss(captioner, features[seen], [captions[i] for i in seen], device)[1]
     row["shuffled"] = caption_loss(captioner, features[shuffled], [captions[i] for i in seen], device)[1]
     row |= scores["corpus"]
@@ -684,7 +723,7 @@ def evaluate(out, world, args):
         row["facts, unseen pairs"] = share_of_facts(captioner, features[rest], [pictures[i] for i in rest], world.tokenizer)
     if rank() == 0:
         write_scores(Path(out), [pictures[i] for i in seen], texts, {**row, **scores})
-    print(f"{len(seen)} validation pictures of {world.data}, greedy: {row['nats a caption']:.2f} nats a caption, with shuffled pictures {row['shuffled']:.2f}")
+    print(f"{len(seen)} validation pictures of {world.data}, {decoding}: {row['nats a caption']:.2f} nats a caption, with shuffled pictures {row['shuffled']:.2f}")
     print(coco_eval.table(scores, len(seen)))
     for kind in ("facts", "facts, shuffled", "facts, unseen pairs"):
         if kind in row:
@@ -750,7 +789,7 @@ def comparison(rows):
     line("trainable parameters", lambda r: f"{r['parameters']:,}")
     for key in ("nats a caption", "blind", "shuffled"):
         line("validation loss, nats a caption" if key == "nats a caption" else f"… {key}", lambda r: f"{r[key]:.2f}")
-    line("CIDEr-D, greedy", lambda r: f"{r['CIDEr']:.3f}")
+    line(f"CIDEr-D, {next(iter(rows.values()))['decoding']}", lambda r: f"{r['CIDEr']:.3f}")
     line(coco_eval.METEOR_NAME, lambda r: f"{r['METEOR']:.3f}")
     if all("facts" in row for row in rows.values()):
         for fact in next(iter(rows.values()))["facts"]:
@@ -805,6 +844,8 @@ def sample(args):
     device, grid = pick_device(), tuple(map(int, args.grid_size.split("x")))
     tokens = pool_tokens(world.vision(prepare(world.vision, [image for _, image in found]).to(device)), grid).cpu().numpy()
     options = {"temperature": args.temperature, "top_p": args.top_p, "generator": torch.Generator(device).manual_seed(args.seed)} if args.num > 1 else {}
+    if args.beam > 1 and args.num == 1:
+        options = {"beams": args.beam, "length_penalty": args.length_penalty}
     texts = [write_captions(captioner, tokens, world.tokenizer, **options) for _ in range(args.num)]
     for i, (file, _) in enumerate(found):
         for told in texts:
@@ -841,6 +882,8 @@ def main():
     group.add_argument("--num", type=positive, default=1, help="how many captions for each picture, drawn with --temperature and --top-p")
     group.add_argument("--temperature", type=float, default=0.8)
     group.add_argument("--top-p", type=float, default=0.9)
+    group.add_argument("--beam", type=positive, default=1, metavar="N", help="keep the N best beginnings (default: %(default)s, greedy)")
+    group.add_argument("--length-penalty", type=float, default=1.0, metavar="X", help="a caption of n tokens is worth its log probability / n^X (default: %(default)s)")
     group.add_argument("--grid", metavar="FILE", help="draw the pictures with their captions")
     args = parser.parse_args()
     train_gpt2.join_processes()

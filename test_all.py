@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import math
 import os
@@ -513,6 +514,27 @@ def test_download_refuses_what_is_wrong(server, tmp_path):
     server.behave = ["503"] * 5
     with pytest.raises(UserError, match="cannot be reached"):
         fineweb.download("https://example.org/a", tmp_path / "a")
+
+
+def test_fineweb_shards_are_fetched_checked_and_skipped(server, tmp_path, capsys):
+    bodies = {}
+    for name, count in (("val_000000", 50_000), ("train_000001", 80_000), ("train_000002", 70_000), ("train_000003", 60_000)):
+        fineweb.write_shard(tmp_path / "made.bin", np.arange(count) % 50_000)
+        bodies[f"finewebedu_{name}.bin"] = (tmp_path / "made.bin").read_bytes()
+    (tmp_path / "made.bin").unlink()
+    listing = [{"path": name, "size": len(body)} for name, body in bodies.items()] + [{"path": "README.md", "size": 5}]
+    place = f"/datasets/{fineweb.FINEWEB}"
+    server.files = {f"/api{place}/tree/main": json.dumps(listing).encode(), **{f"{place}/resolve/main/{name}": body for name, body in bodies.items()}}
+    server.behave = ["", "break off", "503", "no ranges", "", "break off"]
+    fineweb.fetch_fineweb(150_000_000, tmp_path)           # the validation shard, and as many of 100 M as hold 150 M
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {name: body for name, body in bodies.items() if "000003" not in name}
+    asked = len(server.ranges)
+    fineweb.fetch_fineweb(150_000_000, tmp_path)
+    assert len(server.ranges) == asked + 1 and "3 of 3 shards" in capsys.readouterr().out          # the list only
+    server.files[f"{place}/resolve/main/finewebedu_train_000003.bin"] = bodies["finewebedu_train_000003.bin"][:8] + bytes(4) + bodies["finewebedu_train_000003.bin"][12:]
+    with pytest.raises(UserError, match="where its header says"):
+        fineweb.fetch_fineweb(300_000_000, tmp_path)
+    assert not (tmp_path / "finewebedu_train_000003.bin").exists()
 
 
 def test_no_network_is_one_line(tmp_path):
@@ -1226,7 +1248,7 @@ def some_captions(number, seed=0):
 
 def plain_caption_loss(model, vision, tokens):
     """The summed loss of one caption: its own sequence, no packing, the whole distribution at each place."""
-    start, inputs = model.begin(vision[None]), torch.tensor([tokens])
+    start, inputs = model.begin(vision[None]), torch.tensor([tokens], dtype=torch.long)
     x = torch.cat([start, model.decoder.embed(inputs, torch.arange(start.size(1), start.size(1) + len(tokens)))], 1)
     with model.looking_at(vision[None]):
         log_p = model.decoder.logits(model.decoder.decode(x)).log_softmax(-1)[0]
@@ -1290,6 +1312,27 @@ def test_captions_are_the_same_with_and_without_cache(name):
     together = model.generate(vision, 12).tolist()[2]
     assert together[:len(one)] == one and all(token == 42 for token in together[len(one):])
     assert not list(model.decoder.h[0]._forward_pre_hooks)                       # the decoder is left as it was
+
+
+@pytest.mark.parametrize("name", caption.BRIDGES)
+def test_beam_search_equals_greedy_and_brute_force(name):
+    model, vision = captioner(name), torch.randn(3, 5, 12)
+    greedy = model.generate(vision, 7).tolist()
+    for row, other in zip(model.beam_search(vision, 1, 7).tolist(), greedy):
+        assert row[:len(other)] == other[:len(row)]
+    few = caption.build(name, 5, 12, small_model(config=GPTConfig(48, 4, 2, 2, 32, init_std=0.3)), 3)
+    for vision, penalty in ((torch.randn(1, 5, 12), 0.0), (torch.randn(1, 5, 12), 1.0)):
+        worth = {}
+        for n in range(4):                                 # all captions of up to three tokens and an end, and those of four without one
+            for tokens in itertools.product(range(3), repeat=n):
+                worth[tokens] = -plain_caption_loss(few, vision[0], list(tokens)).item() / (n + 1) ** penalty
+        for tokens in itertools.product(range(3), repeat=4):
+            packed = caption.pack([[list(tokens)]], few.bridge.P, 3)
+            worth[tokens] = -few.loss(vision, packed, "none")[0, :4].sum().item() / 4 ** penalty
+        found = few.beam_search(vision, 4 ** 4, 4, penalty)[0].tolist()
+        assert tuple(t for t in found if t != 3) == max(worth, key=worth.get), (found, penalty)
+        both = few.beam_search(torch.cat([vision, vision + 1]), 5, 4, penalty)[0].tolist()       # a picture's beams do not mix with another's
+        assert [t for t in both if t != 3] == [t for t in few.beam_search(vision, 5, 4, penalty)[0].tolist() if t != 3]
 
 
 def test_closed_gates_leave_the_decoder_as_it_is():

@@ -5,6 +5,8 @@ GPT-2 from scratch: the model, its training, its samples.
     python train_gpt2.py --sample "Once upon a time"         continue a text
     python train_gpt2.py --eval                              validation loss and HellaSwag
     python train_gpt2.py --export-hf DIR                     a folder that transformers loads
+    python train_gpt2.py --bench [--preset gpt2]             tokens/s, memory, and the time of a full run on this machine
+    torchrun --nproc_per_node=8 train_gpt2.py …              the same run on eight GPUs
 
 The same command continues a run that was interrupted. A run lives in runs/<preset>/: ckpt.pt, log.csv, curves.png, samples.txt.
 
@@ -14,6 +16,7 @@ GPT-2: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners
 import argparse
 import codecs
 import csv
+import dataclasses
 import functools
 import json
 import math
@@ -22,6 +25,7 @@ import pickle
 import random
 import signal
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -263,15 +267,20 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         ctx.grad_h = torch.empty_like(h) if needs_grad and ctx.needs_input_grad[0] else None
         ctx.grad_weight = torch.zeros_like(weight) if needs_grad and ctx.needs_input_grad[1] else None
         low = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else h.dtype
-        w = weight.to(low)
+        w, learn = weight.to(low), ctx.grad_h is not None or ctx.grad_weight is not None
+        piece = 32 if h.device.type == "cpu" else ChunkedCrossEntropy.ROWS       # so many rows in fp32 stay in a CPU's cache
         for i in range(0, len(h), ChunkedCrossEntropy.ROWS):
             rows, y = h[i:i + ChunkedCrossEntropy.ROWS].to(low), targets[i:i + ChunkedCrossEntropy.ROWS]
             counts, y = (y != -100)[:, None], y.clamp(min=0)[:, None]            # (rows, 1)
-            log_p = F.log_softmax(rows @ w.T, dim=1, dtype=torch.float32)        # (rows, V)
-            total = total - (log_p.gather(1, y) * counts).sum()
-            if ctx.grad_h is None and ctx.grad_weight is None:
+            logits = rows @ w.T                                                  # (rows, V)
+            for z, target, count in zip(*(t.split(piece) for t in (logits, y, counts))):
+                log_p = F.log_softmax(z, dim=1, dtype=torch.float32)
+                total = total - (log_p.gather(1, target) * count).sum()
+                if learn:                                  # the logits become their gradient, in place
+                    z.copy_(log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32)))
+            if not learn:
                 continue
-            grad = log_p.exp_().scatter_add_(1, y, -torch.ones_like(y, dtype=torch.float32)).to(low)
+            grad = logits
             if ctx.grad_h is not None:
                 ctx.grad_h[i:i + ChunkedCrossEntropy.ROWS] = grad @ w * counts
             if ctx.grad_weight is not None:
@@ -941,11 +950,8 @@ def progress(step, row, training, flops):
     """The line on the screen for a logged step."""
     steps, rate = training.recipe.steps, row[f"{training.unit}_per_second"]
     left = (steps - step) * training.per_step / rate
-    card = torch.cuda.get_device_name() if training.device == "cuda" else ""
-    peak = next((peak for name, peak in PEAK.items() if name in card), None)
-    mfu = f" | MFU {rate * flops / peak:5.1%}" if peak else ""
     skipped = f" | skipped {row['skipped']}" if row["skipped"] else ""
-    return f"step {step:>6,} of {steps:,} | loss {row['loss']:7.4f} | lr {row['lr']:.2e} | norm {row['norm']:5.2f} | {rate:9,.0f} {training.unit}/s{mfu}{skipped} | {clock(left)} left"
+    return f"step {step:>6,} of {steps:,} | loss {row['loss']:7.4f} | lr {row['lr']:.2e} | norm {row['norm']:5.2f} | {rate:9,.0f} {training.unit}/s{mfu(rate, flops, training.device)}{skipped} | {clock(left)} left"
 
 
 def clock(seconds):
@@ -973,6 +979,69 @@ def finish(training, val, tokenizer, out, preset):
     print(f"---\n{training.seconds:.0f} s of training. {out} has the checkpoint, log.csv, curves.png and samples.txt. Next:")
     path = f" --ckpt {out / 'ckpt.pt'}" if str(out) != "runs/tiny" else ""
     print(f'  python train_gpt2.py --sample "The "{path}\n  python train_gpt2.py --eval{path}\n  python train_gpt2.py --export-hf gpt2-hf{path}')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How fast is it here?
+
+
+def bench(args):
+    """Print tokens/s, MFU and peak memory of training on random tokens, and the time of a full run; on a GPU for growing micro-batches."""
+    join_processes()
+    device = pick_device()
+    preset = args.preset or ("gpt2" if device == "cuda" else "tiny")
+    config, recipe = PRESETS[preset], RECIPES[preset]
+    sizes = [args.micro_batch] if args.micro_batch else [4, 8, 16, 32, 64] if device == "cuda" else [recipe.micro_batch]
+    print(f"{preset}: {processes()} process{'es' if processes() > 1 else ''} on {torch.cuda.get_device_name() if device == 'cuda' else f'{torch.get_num_threads()} CPU threads'}, "
+          f"{'bf16 products' if autocast(device)._enabled else 'fp32'}, context {config.block_size}", flush=True)
+    for size in sizes:
+        try:
+            rate, memory = measure(config, recipe, size, args.batch_tokens or size * config.block_size * processes(), device)
+        except torch.OutOfMemoryError:
+            print(f"micro-batch {size:>3}: does not fit into the GPU's memory")
+            break
+        full = recipe.steps * recipe.batch_tokens
+        print(f"micro-batch {size:>3}: {rate:9,.0f} tokens/s{mfu(rate, flops_per_token(config), device)} | peak {memory / 1e9:.1f} GB | "
+              f"a full run of {full / 1e9:,.3g} B tokens: {full / rate / 3600:,.1f} h", flush=True)
+
+
+def measure(config, recipe, micro_batch, batch_tokens, device, seconds=10):
+    """(tokens/s, peak bytes) of training steps, after three to warm up."""
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    with tempfile.TemporaryDirectory() as folder:
+        fineweb.write_shard(Path(folder) / "random_train_000001.bin", np.random.default_rng(0).integers(0, config.vocab_size - config.vocab_padding, 4 * batch_tokens + 1))
+        tokens = Tokens([Path(folder) / "random_train_000001.bin"])
+        training = Training(GPT(config).to(device), dataclasses.replace(recipe, batch_tokens=batch_tokens, micro_batch=micro_batch), tokens, 0, device)
+        for _ in range(3):
+            training.update()[0].item()
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        began, steps = time.time(), 0
+        while time.time() - began < seconds or steps < 3:
+            for _ in range(3):                             # wait for the device now and then only, as training does
+                loss, _ = training.update()
+            loss.item()
+            steps += 3
+        rate = steps * batch_tokens / (time.time() - began)
+        training.thread.shutdown()
+    return rate, torch.cuda.max_memory_allocated() if device == "cuda" else peak_memory()
+
+
+def peak_memory():
+    """The most bytes that this process has had, where the system tells."""
+    try:
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    except ImportError:
+        return math.nan
+
+
+def mfu(rate, flops, device):
+    """Model FLOPs utilisation (Chowdhery et al. 2022, appendix B) as text, where the card's peak is known."""
+    card = torch.cuda.get_device_name() if device == "cuda" else ""
+    peak = next((peak for name, peak in PEAK.items() if name in card), None)
+    return f" | MFU {rate * flops / peak / processes():5.1%}" if peak else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1047,6 +1116,7 @@ def main(arguments=None):
     group.add_argument("--eval-every", type=positive, help="steps between evaluations and checkpoints")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--restart", action="store_true", help="forget what is in the run's folder")
+    group.add_argument("--bench", action="store_true", help="measure speed and memory on this machine")
     group = parser.add_argument_group("with a trained model")
     group.add_argument("--sample", metavar="TEXT", help="continue TEXT")
     group.add_argument("--eval", action="store_true", help="validation loss and HellaSwag")
@@ -1060,7 +1130,9 @@ def main(arguments=None):
     group.add_argument("--top-p", type=float)
     group.add_argument("--num", type=positive, default=1, help="how many samples")
     args = parser.parse_args(arguments)
-    if args.sample is not None:
+    if args.bench:
+        bench(args)
+    elif args.sample is not None:
         sample(args)
     elif args.eval:
         evaluate(args)
