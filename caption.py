@@ -5,6 +5,7 @@ Pictures in words: a frozen CLIP and a frozen GPT-2, joined by a small bridge th
     python caption.py --bridge {linear,cross,qformer}                             train, score, and draw a 3 × 3 grid
     python caption.py --bridge linear --eval [--beam 5]                           results.json and scores.json
     python caption.py --compare                                                   all three under one budget, one table
+    python caption.py --bench                                                     pictures/s and captions/s on this machine
 
 Without a GPU and COCO this happens in the tiny world: pictures of coloured shapes, drawn here, a CLIP of 64 × 64 pixels, trained
 here, and the decoder of `python train_gpt2.py`. With --data FOLDER (COCO 2017, or your own pictures in its layout) the same code
@@ -16,8 +17,8 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import random
-import signal
 import sys
 import textwrap
 import time
@@ -279,7 +280,6 @@ class Captioner(nn.Module):
         with self.looking_at(vision):
             return self.decoder.generate(idx, min(max_new_tokens, room), temperature=temperature, prefix=self.begin(vision), stop=self.eot, **options)
 
-
     @torch.no_grad()
     def beam_search(self, vision, beams, max_new_tokens=30, length_penalty=1.0):
         """Token ids (B, new) of the best caption of each picture, keeping the `beams` best beginnings at every step.
@@ -355,13 +355,14 @@ def fill(features, found, vision, pictures, grid, device, header):
     """Compute what is missing of cached_features(), and say in the header how far it has come."""
     began, first, saved = time.time(), found["done"], time.time()
 
-    def load(begin):
-        return [readable(picture["path"], vision.preprocess) for picture in pictures[begin:begin + CHUNK]]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        def load(begin):
+            return [threads.submit(readable, picture["path"], vision.preprocess) for picture in pictures[begin:begin + CHUNK]]
 
-    with ThreadPoolExecutor(1) as thread:
-        ahead = thread.submit(load, first)
+        ahead = load(first)
         for begin in range(first, len(pictures), CHUNK):
-            images, ahead = ahead.result(), thread.submit(load, begin + CHUNK)
+            coming, ahead = ahead, load(begin + CHUNK)
+            images = [image.result() for image in coming]
             good = [i for i, image in enumerate(images) if not isinstance(image, UserError)]
             if good:
                 features[[begin + i for i in good]] = pool_tokens(vision(torch.stack([images[i] for i in good]).to(device)), grid).cpu().numpy()
@@ -380,6 +381,31 @@ def fill(features, found, vision, pictures, grid, device, header):
             if last or begin // CHUNK % 16 == 0:
                 print(f"\rvision tokens: {found['done']:,} of {len(pictures):,} pictures  {rate:,.0f} pictures/s  {clock((len(pictures) - found['done']) / rate)} left ", end="", flush=True)
     print()
+
+
+class Rows:
+    """Some rows of a memory map, read when they are asked for."""
+
+    def __init__(self, features, rows):
+        self.features, self.rows = features, np.asarray(rows)
+        self.shape = (len(rows), *features.shape[1:])
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, pictures):
+        return self.features[self.rows[pictures]]
+
+
+class Live:
+    """Vision tokens that are computed anew whenever they are asked for, as they would be without a cache."""
+
+    def __init__(self, vision, pictures, grid, device):
+        self.vision, self.pictures, self.grid, self.device = vision, pictures, grid, device
+
+    def __getitem__(self, pictures):
+        images = prepare(self.vision, [coco_eval.load_image(self.pictures[i]["path"]) for i in pictures])
+        return pool_tokens(self.vision(images.to(self.device)), self.grid).cpu().numpy()
 
 
 def readable(path, preprocess):
@@ -469,6 +495,8 @@ def load_clip(which):
     name, _, tag = str(which).partition("/")
     if name not in open_clip.list_models() or not tag:
         raise UserError(f"--clip {which} is neither a checkpoint that is there nor a name and tag such as ViT-L-14-quickgelu/openai")
+    if tag == "openai" and f"{name}-quickgelu" in open_clip.list_models():
+        raise UserError(f"--clip {which}: OpenAI trained with another activation (QuickGELU), with this one CLIP sees wrongly: use {name}-quickgelu/openai")
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=tag)
     except Exception as error:                             # the hub's client and torch.load raise many kinds
@@ -527,6 +555,7 @@ class Recipe:
 
 LEARNING_RATES = {"linear": (5e-3, 2e-3), "cross": (5e-3, 4e-4), "qformer": (2e-3, 4e-4)}     # highest: in the tiny world, at full size
 GATES = 10                       # their rate is that much higher: a gate has to open before anything behind it can learn
+COCO_CAPTIONS = 591_753          # of train2017
 STEPS, EPOCHS = 1_000, 4           # the tiny world's budget in steps, the full one's in passes over the pictures
 
 
@@ -581,8 +610,8 @@ def caption_loss(captioner, features, captions, device, batch=50):
     return total / tokens, total / sum(map(len, captions))
 
 
-def build(name, S, D, decoder, eot):
-    """A Captioner with a new bridge that fits `decoder` and S vision tokens of width D."""
+def build(name, S, D, decoder):
+    """A Captioner with a new bridge that fits `decoder` and S vision tokens of width D; <|endoftext|> is the decoder's last token."""
     c = decoder.config
     layers = min(4, c.n_layer // 2) if name == "qformer" else c.n_layer          # without BERT's weights more layers bring nothing
     return Captioner(BRIDGES[name](S, D, c.n_embd, c.n_head, layers, decoder.wte.weight.std().item()), decoder, c.vocab_size - c.vocab_padding - 1)
@@ -599,7 +628,7 @@ def dataset(world, split, args, device):
         wait()
     if not any(good):
         raise UserError(f"no picture of {world.data} ({split}) can be read: check the folder")
-    return [p for p, g in zip(pictures, good) if g], features if all(good) else features[np.flatnonzero(good)]
+    return [p for p, g in zip(pictures, good) if g], Rows(features, np.flatnonzero(good))
 
 
 def choose_recipe(name, world, pictures, args):
@@ -616,9 +645,9 @@ def train(name, world, args, blind=False):
     out = Path(args.out or "runs") / (f"{world.name}-{name}" + "-blind" * blind)
     (train_pictures, features), (val_pictures, val_features) = (dataset(world, split, args, device) for split in ("train", "val"))
     if blind:
-        features, val_features = np.zeros_like(features[:1]).repeat(len(features), 0), np.zeros_like(val_features)
+        features, val_features = (np.zeros(f.shape, np.float16) for f in (features, val_features))
     torch.manual_seed(args.seed)
-    captioner = build(name, *features.shape[1:], world.decoder, world.tokenizer.eot_token).to(device)
+    captioner = build(name, *features.shape[1:], world.decoder).to(device)
     recipe, room = choose_recipe(name, world, len(train_pictures), args), world.decoder.config.block_size - captioner.bridge.P
     run = {"bridge": name, "S": features.shape[1], "D": features.shape[2], "decoder": world.decoder_name, "clip": world.vision.name, "grid": args.grid_size,
            "pictures": len(train_pictures), "seed": args.seed, "batch": recipe.batch}
@@ -658,7 +687,7 @@ def load_captioner(path, world):
     for part, here in (("decoder", world.decoder_name), ("clip", world.vision.name)):
         if run.get(part) != here:
             raise UserError(f"{path} was trained for another {part} ({run.get(part)}, and here is {here}): name the right one with --{'lm' if part == 'decoder' else 'clip'}, or train anew with --restart")
-    captioner = build(run["bridge"], run["S"], run["D"], world.decoder, world.tokenizer.eot_token)
+    captioner = build(run["bridge"], run["S"], run["D"], world.decoder)
     captioner.bridge.load_state_dict(checkpoint["model"])
     return captioner.eval().to(pick_device())
 
@@ -798,6 +827,28 @@ def comparison(rows):
     return "\n".join(lines)
 
 
+def bench(world, args, seconds=8):
+    """Print how fast each bridge trains here: with CLIP in the loop, from cached tokens, and with all captions of a picture in one pass."""
+    device, grid = pick_device(), tuple(map(int, args.grid_size.split("x")))
+    pictures, features = dataset(world, "train", args, device)
+    for name in BRIDGES:
+        captioner = build(name, *features.shape[1:], world.decoder).to(device)
+        packed = encode_captions(pictures, world.tokenizer, world.decoder.config.block_size - captioner.bridge.P)
+        single, recipe, rates = [picture[:1] for picture in packed], choose_recipe(name, world, len(pictures), args), {}
+        print(f"{name}: {sum(p.numel() for p in captioner.bridge.parameters()):,} trainable parameters, {recipe.batch} pictures a step")
+        for way, tokens, captions in (("CLIP in the loop", Live(world.vision, pictures, grid, device), single), ("cached", features, single), ("cached, packed", features, packed)):
+            training = BridgeTraining(captioner, recipe, tokens, captions, args.seed, device)
+            training.update()[0].item()                    # to warm up
+            began, steps = time.time(), 0
+            while time.time() - began < seconds:
+                training.update()[0].item()
+                steps += 1
+            rates[way] = steps * training.per_step / (time.time() - began)
+            print(f"  {way:16}  {steps * recipe.batch / (time.time() - began):9,.1f} pictures/s  {rates[way]:9,.1f} captions/s  {rates[way] / rates['CLIP in the loop']:6.1f} times"
+                  f"  an epoch of COCO's {COCO_CAPTIONS:,} captions: {clock(COCO_CAPTIONS / rates[way])}", flush=True)
+            training.thread.shutdown()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Your own pictures
 
@@ -863,6 +914,7 @@ def main():
     group.add_argument("--sample", nargs="+", metavar="PICTURE", help="caption pictures, or folders of them")
     group.add_argument("--eval", action="store_true", help="score the bridge on the validation pictures")
     group.add_argument("--compare", action="store_true", help="train and score all three bridges")
+    group.add_argument("--bench", action="store_true", help="measure how fast the bridges train on this machine")
     group = parser.add_argument_group("the frozen parts and the pictures")
     group.add_argument("--data", metavar="DIR", help="pictures with captions in COCO's layout (default: data/coco with a GPU, else the tiny world)")
     group.add_argument("--lm", metavar="CKPT", help="the decoder: a checkpoint of train_gpt2.py, a folder of safetensors, or gpt2")
@@ -889,8 +941,10 @@ def main():
     train_gpt2.join_processes()
     if args.compare:
         compare(open_world(args), args)
+    elif args.bench:
+        bench(open_world(args), args)
     elif not args.bridge:
-        raise UserError("give --bridge linear, cross or qformer, or --compare")
+        raise UserError("give --bridge linear, cross or qformer, or --compare, or --bench")
     elif args.sample:
         sample(args)
     else:

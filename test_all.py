@@ -1234,7 +1234,7 @@ WIDE = GPTConfig(block_size=48, vocab_size=48, n_layer=2, n_head=2, n_embd=32, i
 
 
 def captioner(name, seed=0, S=5, D=12):
-    model = caption.build(name, S, D, small_model(config=WIDE), 42)
+    model = caption.build(name, S, D, small_model(config=WIDE))
     for gates in [p for n, p in model.named_parameters() if n == "bridge.gates"]:
         nn.init.constant_(gates, 0.5)
     return model.eval()
@@ -1320,7 +1320,7 @@ def test_beam_search_equals_greedy_and_brute_force(name):
     greedy = model.generate(vision, 7).tolist()
     for row, other in zip(model.beam_search(vision, 1, 7).tolist(), greedy):
         assert row[:len(other)] == other[:len(row)]
-    few = caption.build(name, 5, 12, small_model(config=GPTConfig(48, 4, 2, 2, 32, init_std=0.3)), 3)
+    few = caption.build(name, 5, 12, small_model(config=GPTConfig(48, 4, 2, 2, 32, init_std=0.3)))
     for vision, penalty in ((torch.randn(1, 5, 12), 0.0), (torch.randn(1, 5, 12), 1.0)):
         worth = {}
         for n in range(4):                                 # all captions of up to three tokens and an end, and those of four without one
