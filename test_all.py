@@ -413,6 +413,41 @@ def test_every_token_is_a_target_once_in_an_epoch(tmp_path):
     assert sorted(straddling[:16].tolist()) == list(range(16)) == sorted(straddling[16:32].tolist())
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_processes_divide_an_epoch_among_them(size, tmp_path, monkeypatch):
+    for number, part in enumerate(np.split(np.arange(1022), [400, 407, 900])):
+        fineweb.write_shard(tmp_path / f"x_train_{number:06d}.bin", part)
+    tokens, recipe = train_gpt2.Tokens(sorted(tmp_path.iterdir())), train_gpt2.Recipe(16, 8 * 16, 2, 1e-3, 1)
+    config = GPTConfig(16, 1024, 1, 1, 8)
+    training = [train_gpt2.Training(GPT(config), recipe, tokens, 7, "cpu") for _ in range(size)]
+    monkeypatch.setattr(train_gpt2, "processes", lambda: size)
+    seen, shares = [[], []], []
+    for step in range(16):                                 # 1,022 tokens are 64 windows, eight steps make an epoch
+        for r in range(size):
+            monkeypatch.setattr(train_gpt2, "rank", lambda: r)
+            for x, y, share in training[r].load(step):
+                assert len(x) == 2 and ((y == x + 1) | (y == -100)).all()
+                seen[step // 8] += y[y >= 0].tolist()
+                shares.append(share)
+    assert sorted(seen[0]) == sorted(seen[1]) == list(range(1, 1022)) and seen[0] != seen[1]
+    assert sum(shares) == pytest.approx(16)                # the micro-batches of all processes make one mean
+
+
+def test_batches_that_processes_cannot_divide_are_refused(monkeypatch):
+    monkeypatch.setattr(train_gpt2, "processes", lambda: 4)
+    args = train_gpt2.argparse.Namespace(steps=None, batch_tokens=10 * 64, micro_batch=2, lr=None, eval_every=None)
+    with pytest.raises(UserError, match="no multiple of 2 windows of 64 tokens on 4 processes: take 512 or 1,024"):
+        train_gpt2.choose_recipe(args, train_gpt2.PRESETS["tiny"], "tiny")
+
+
+def test_many_shards_are_mapped_and_not_read(tmp_path):
+    for number in range(100):
+        fineweb.write_shard(tmp_path / f"x_train_{number:06d}.bin", np.full(10_000, number))
+    tokens = train_gpt2.Tokens(sorted(tmp_path.iterdir()))
+    assert all(isinstance(shard, np.memmap) for shard in tokens.shards) and len(tokens) == 1_000_000
+    assert tokens.read(9_999, 20_001).tolist() == [0] + [1] * 10_000 + [2]
+
+
 def test_scenes_say_what_is_true():
     rng, seen = random.Random(0), set()
     for _ in range(500):
@@ -1588,6 +1623,19 @@ def test_own_text_becomes_shards_byte_for_byte(tmp_path, monkeypatch):
         assert [tokenizer.decode(list(map(int, piece.split()))) for piece in pieces] == expected
     with pytest.raises(UserError, match="not empty"):
         fineweb.text_to_shards([source], tmp_path / "own")
+
+
+@real_data
+def test_parquet_and_lines_give_the_same_shards(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+    import pyarrow.parquet
+    source = REAL / "text/fineweb_edu_150_docs.jsonl"
+    texts = [json.loads(line)["text"] for line in open(source, encoding="utf-8")]
+    pyarrow.parquet.write_table(pyarrow.table({"id": list(range(len(texts))), "text": texts}), tmp_path / "docs.parquet")
+    for kind, path in (("lines", source), ("parquet", tmp_path / "docs.parquet")):
+        fineweb.text_to_shards([path], tmp_path / kind)
+    for split in ("train_000001", "val_000000"):
+        assert np.array_equal(*(fineweb.read_shard(tmp_path / kind / f"{kind}_{split}.bin") for kind in ("lines", "parquet")))
 
 
 @real_data
