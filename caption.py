@@ -38,7 +38,7 @@ import coco_eval
 import fineweb
 import train_gpt2
 from fineweb import UserError
-from train_gpt2 import MLP, attention, autocast, clock, pick_device, positive, processes, rank, summed
+from train_gpt2 import MLP, attention, autocast, clock, in_turns, pick_device, positive, processes, rank, share, summed, wait
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The eye: what CLIP sees, as tokens
@@ -54,7 +54,7 @@ class Vision:
     def __call__(self, images):
         """Prepared pictures (B, 3, H, W) to the class token and the patches in reading order, (B, 1 + H/p · W/p, D)."""
         with autocast(images.device.type):
-            found = self.visual.forward_intermediates(images, indices=[len(self.visual.transformer.resblocks) - 2], stop_early=True,
+            found = self.visual.to(images.device).forward_intermediates(images, indices=[len(self.visual.transformer.resblocks) - 2], stop_early=True,
                                                       intermediates_only=True, output_fmt="NLC", output_extra_tokens=True)
         return torch.cat([found["image_intermediates_prefix"][0], found["image_intermediates"][0]], dim=1).float()
 
@@ -451,9 +451,9 @@ def open_world(args):
         print("world      tiny: its bridges know coloured shapes only, and see them in photographs too. For photographs:\n"
               f"           python coco_eval.py --download && python caption.py --data data/coco --bridge {args.bridge or 'linear'}", flush=True)
         make_tiny_world(data, clip, lm)
-    decoder, tokenizer, checkpoint = train_gpt2.load_checkpoint(lm)
+    decoder, tokenizer, checkpoint = in_turns(lambda: train_gpt2.load_checkpoint(lm))
     name = checkpoint.get("run", {}).get("preset", Path(lm).name)
-    return World(data.name if full else "tiny", data, load_clip(clip), decoder, tokenizer, f"{name} {fingerprint(decoder)}")
+    return World(data.name if full else "tiny", data, in_turns(lambda: load_clip(clip)), decoder, tokenizer, f"{name} {fingerprint(decoder)}")
 
 
 def make_tiny_world(data, clip, lm):
@@ -470,12 +470,6 @@ def make_tiny_world(data, clip, lm):
     wait()
 
 
-def wait():
-    """Until all processes are here."""
-    if processes() > 1:
-        distributed.barrier()
-
-
 def fingerprint(module):
     """A short digest of a module's weights, from the first numbers of each tensor."""
     digest = hashlib.sha256()
@@ -488,19 +482,21 @@ def load_clip(which):
     """The eye: our own checkpoint (….pt from train_clip), or NAME/TAG or NAME/FILE for open_clip, such as ViT-L-14-quickgelu/openai."""
     path = Path(which)
     if path.suffix == ".pt" and path.exists():
-        checkpoint = train_gpt2.read_checkpoint(path)
+        checkpoint = train_gpt2.read_checkpoint(path, holds="clip")
         model = open_clip.CLIP(**checkpoint["clip"])
         model.load_state_dict(checkpoint["model"])
         return Vision(model.visual, open_clip.image_transform(checkpoint["clip"]["vision_cfg"]["image_size"], is_train=False), f"tiny {fingerprint(model.visual)}")
     name, _, tag = str(which).partition("/")
     if name not in open_clip.list_models() or not tag:
         raise UserError(f"--clip {which} is neither a checkpoint that is there nor a name and tag such as ViT-L-14-quickgelu/openai")
-    if tag == "openai" and f"{name}-quickgelu" in open_clip.list_models():
+    if tag == "openai" and name.startswith("ViT") and f"{name}-quickgelu" in open_clip.list_models():
         raise UserError(f"--clip {which}: OpenAI trained with another activation (QuickGELU), with this one CLIP sees wrongly: use {name}-quickgelu/openai")
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=tag)
     except Exception as error:                             # the hub's client and torch.load raise many kinds
         raise UserError(f"CLIP {which} cannot be loaded ({str(error).splitlines()[0][:90]}): give the weights as a file, --clip {name}/FILE.safetensors") from None
+    if not hasattr(getattr(model.visual, "transformer", None), "resblocks"):
+        raise UserError(f"--clip {which} is no vision transformer of open_clip: use one, such as ViT-L-14-quickgelu/openai")
     return Vision(model.visual, preprocess, f"{name}/{Path(tag).name} {fingerprint(model.visual)}")
 
 
@@ -613,6 +609,8 @@ def caption_loss(captioner, features, captions, device, batch=50):
 def build(name, S, D, decoder):
     """A Captioner with a new bridge that fits `decoder` and S vision tokens of width D; <|endoftext|> is the decoder's last token."""
     c = decoder.config
+    if max(S, 32) + 2 > c.block_size:
+        raise UserError(f"{S} vision tokens leave no room in the decoder's context of {c.block_size}: choose --grid-size 4x8")
     layers = min(4, c.n_layer // 2) if name == "qformer" else c.n_layer          # without BERT's weights more layers bring nothing
     return Captioner(BRIDGES[name](S, D, c.n_embd, c.n_head, layers, decoder.wte.weight.std().item()), decoder, c.vocab_size - c.vocab_padding - 1)
 
@@ -622,10 +620,7 @@ def dataset(world, split, args, device):
     pictures = coco_eval.read_dataset(world.data, split)
     grid = tuple(map(int, args.grid_size.split("x")))
     folder = Path("data/features") / f"{world.name}-{world.vision.name.replace('/', '-').replace(' ', '-')}-{args.grid_size}"
-    for turn in range(min(processes(), 2)):                # the first process computes what is missing, then the others read it
-        if (rank() > 0) == turn:
-            features, good = cached_features(world.vision, pictures, folder, split, grid, device)
-        wait()
+    features, good = in_turns(lambda: cached_features(world.vision, pictures, folder, split, grid, device))
     if not any(good):
         raise UserError(f"no picture of {world.data} ({split}) can be read: check the folder")
     return [p for p, g in zip(pictures, good) if g], Rows(features, np.flatnonzero(good))
@@ -635,6 +630,8 @@ def choose_recipe(name, world, pictures, args):
     """The bridge's recipe with the flags' changes."""
     tiny = world.name == "tiny"
     batch = args.batch or (32 if tiny else 64)
+    if batch < processes():
+        raise UserError(f"--batch {batch} is less than {processes()} processes: take more pictures")
     steps = args.steps or (STEPS if tiny and not args.epochs else max(1, round((args.epochs or EPOCHS) * pictures / batch)))
     return Recipe(steps, batch, min(args.micro_batch or batch, batch), args.lr or LEARNING_RATES[name][0 if tiny else 1], max(1, round(0.03 * steps)), max(1, steps // 10))
 
@@ -654,12 +651,14 @@ def train(name, world, args, blind=False):
     checkpoint = train_gpt2.unfinished(out, run) if not args.restart else None
     if checkpoint and checkpoint["step"] >= recipe.steps:
         return out
+    val_features = Rows(val_features, [i for i, p in enumerate(val_pictures) if not unseen(p)])
     captions, seen = (encode_captions(p, world.tokenizer, room) for p in (train_pictures, [p for p in val_pictures if not unseen(p)]))
     training = BridgeTraining(captioner, recipe, features, captions, args.seed, device)
     header = {"run": run, "best": checkpoint["best"] if checkpoint else math.inf}
     if checkpoint:
         training.restore(checkpoint)
     out.mkdir(parents=True, exist_ok=True)
+    (out / "scores.json").unlink(missing_ok=True)          # they come last, and tell that a run is finished
     print(f"bridge     {name}{', blind' * blind}: {sum(p.numel() for p in captioner.bridge.parameters()):,} trainable parameters, {recipe.steps:,} steps of {recipe.batch} pictures, in {out}", flush=True)
 
     def validate():
@@ -672,6 +671,7 @@ def train(name, world, args, blind=False):
         return {"val_val": token}
 
     train_gpt2.loop(training, validate, ["val_val"], out, header, 0)
+    wait()                                                 # best.pt is whole
     return out
 
 
@@ -680,13 +680,13 @@ def unseen(picture):
     return bool(picture["scene"]) and any((o["colour"], o["shape"]) in fineweb.UNSEEN for o in picture["scene"]["objects"])
 
 
-def load_captioner(path, world):
-    """The Captioner of a checkpoint. Raises UserError when it was trained for another decoder or another CLIP."""
+def load_captioner(path, world, grid):
+    """The Captioner of a checkpoint. Raises UserError when it was trained for another decoder, another CLIP or another grid."""
     checkpoint = train_gpt2.read_checkpoint(path)
     run = checkpoint["run"]
-    for part, here in (("decoder", world.decoder_name), ("clip", world.vision.name)):
+    for part, here, flag in (("decoder", world.decoder_name, "lm"), ("clip", world.vision.name, "clip"), ("grid", grid, "grid-size")):
         if run.get(part) != here:
-            raise UserError(f"{path} was trained for another {part} ({run.get(part)}, and here is {here}): name the right one with --{'lm' if part == 'decoder' else 'clip'}, or train anew with --restart")
+            raise UserError(f"{path} was trained for another {part} ({run.get(part)}, and here is {here}): name the right one with --{flag}, or train anew with --restart")
     captioner = build(run["bridge"], run["S"], run["D"], world.decoder)
     captioner.bridge.load_state_dict(checkpoint["model"])
     return captioner.eval().to(pick_device())
@@ -732,7 +732,7 @@ def evaluate(out, world, args):
     "shuffled": each picture's captions from the tokens of another; what is still right there is guessed.
     """
     device = pick_device()
-    captioner = load_captioner(args.ckpt or Path(out) / "best.pt", world)
+    captioner = load_captioner(args.ckpt or Path(out) / "best.pt", world, args.grid_size)
     pictures, features = dataset(world, "val", args, device)
     captions = encode_captions(pictures, world.tokenizer, captioner.decoder.config.block_size - captioner.bridge.P)
     seen, rest = [i for i, p in enumerate(pictures) if not unseen(p)], [i for i, p in enumerate(pictures) if unseen(p)]
@@ -788,11 +788,15 @@ def draw_grid(path, pictures, captions, columns=3, size=256):
 
 def compare(world, args):
     """Train and score all three bridges under one budget, and a blind one of each: one table, one picture of the loss curves."""
-    rows, lines, folder = {}, {}, Path(args.out or "runs") / f"{world.name}-compare"
+    rows, lines, folder, steps = {}, {}, Path(args.out or "runs") / f"{world.name}-compare", args.steps
     for name in BRIDGES:
         out, blind = train(name, world, args), train(name, world, args, blind=True)
         rows[name] = evaluate(out, world, args)
         log, blind_log = train_gpt2.read_log(out / "log.csv"), train_gpt2.read_log(blind / "log.csv")
+        steps = steps or log[-1]["step"]
+        for run, kept in ((out, log), (blind, blind_log)):
+            if kept[-1]["step"] != steps:
+                raise UserError(f"{run} has {kept[-1]['step']:,.0f} steps and another run {steps:,.0f}: one budget for all, use --restart, or another --out")
         per_caption = rows[name]["nats a caption"] / min(r["val_val"] for r in log if "val_val" in r)
         rows[name] |= {"blind": min(r["val_val"] for r in blind_log if "val_val" in r) * per_caption, "seconds": log[-1]["seconds"]}
         for label, kept in ((name, log), (f"{name}, blind", blind_log)):
@@ -840,7 +844,7 @@ def bench(world, args, seconds=8):
             training = BridgeTraining(captioner, recipe, tokens, captions, args.seed, device)
             training.update()[0].item()                    # to warm up
             began, steps = time.time(), 0
-            while time.time() - began < seconds:
+            while summed(torch.tensor(float(time.time() - began < seconds), device=device)).item() == processes():
                 training.update()[0].item()
                 steps += 1
             rates[way] = steps * training.per_step / (time.time() - began)
@@ -887,13 +891,14 @@ def sample(args):
         path = Path(args.ckpt)
     else:
         path = Path(args.out or "runs") / f"{world.name}-{args.bridge}" / "best.pt"
-        if not (path.with_name("scores.json")).exists():
+        if args.restart or not path.with_name("scores.json").exists():
             print(f"lacking    the bridge: training {args.bridge}", flush=True)
             evaluate(train(args.bridge, world, args), world, args)
-    captioner = load_captioner(path, world)
+    captioner = load_captioner(path, world, args.grid_size)
     print(f"bridge     {path}")
     device, grid = pick_device(), tuple(map(int, args.grid_size.split("x")))
-    tokens = pool_tokens(world.vision(prepare(world.vision, [image for _, image in found]).to(device)), grid).cpu().numpy()
+    images = [image for _, image in found]
+    tokens = np.concatenate([pool_tokens(world.vision(prepare(world.vision, images[i:i + CHUNK]).to(device)), grid).cpu().numpy() for i in range(0, len(images), CHUNK)])
     options = {"temperature": args.temperature, "top_p": args.top_p, "generator": torch.Generator(device).manual_seed(args.seed)} if args.num > 1 else {}
     if args.beam > 1 and args.num == 1:
         options = {"beams": args.beam, "length_penalty": args.length_penalty}
@@ -933,7 +938,7 @@ def main():
     group.add_argument("--ckpt", metavar="FILE", help="the bridge (default: the run's best.pt)")
     group.add_argument("--num", type=positive, default=1, help="how many captions for each picture, drawn with --temperature and --top-p")
     group.add_argument("--temperature", type=float, default=0.8)
-    group.add_argument("--top-p", type=float, default=0.9)
+    group.add_argument("--top-p", type=share, default=0.9)
     group.add_argument("--beam", type=positive, default=1, metavar="N", help="keep the N best beginnings (default: %(default)s, greedy)")
     group.add_argument("--length-penalty", type=float, default=1.0, metavar="X", help="a caption of n tokens is worth its log probability / n^X (default: %(default)s)")
     group.add_argument("--grid", metavar="FILE", help="draw the pictures with their captions")

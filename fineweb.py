@@ -372,7 +372,7 @@ TINY_SCENES = 32_000       # blocks of scene documents: four fifths of the text,
 
 
 def make_tiny(folder):
-    """Write the tiny world's shards into `folder`, unless they are there: one for training, and English and scenes apart for validation.
+    """Write the tiny world's shards into `folder`: one for training, and English and scenes apart for validation.
 
     Each block of 64 tokens begins with a scene, so that its map stands where a picture's tokens will stand later; the last
     scene of a block is cut, as documents are at the end of a context. English: pydoc's help topics, the last twentieth for validation.

@@ -104,8 +104,8 @@ def clean(text):
 #
 # Logits are needed where an ending's token is predicted, nowhere else. Items of like length are computed together.
 
-BATCH_TOKENS = 4096              # about so many at once
-ROUND = 32                       # lengths are rounded up to a multiple: few shapes
+CPU_BATCH, GPU_BATCH = 1_024, 16_384        # about so many tokens at once: on a CPU little padding is worth more than many rows
+ROUND = 8                        # lengths are rounded up to a multiple: few shapes, and such as matrix units like
 
 
 def pack(items, block_size):
@@ -132,15 +132,16 @@ def pack(items, block_size):
 @torch.no_grad()
 def ending_losses(model, items, device):
     """The summed loss in nats of each ending of each item, (len(items), 4) in float64, in the order of `items`."""
+    batch = CPU_BATCH if torch.device(device).type == "cpu" else GPU_BATCH
     size = [len(item.context) + sum(map(len, item.endings)) for item in items]
     order, losses, begin = np.argsort(size, kind="stable")[::-1], np.zeros((len(items), 4)), 0       # the longest first: memory that is short is short at once
     while begin < len(items):
-        chosen = order[begin:begin + max(1, BATCH_TOKENS // size[order[begin]])]
+        chosen = order[begin:begin + max(1, batch // size[order[begin]])]
         idx, positions, mask, source, targets, ending = (t.to(device) for t in pack([items[i] for i in chosen], model.config.block_size))
         h = model.decode(model.embed(idx, positions), mask)                      # (B, T, C)
         h = h.gather(1, source[:, :, None].expand(-1, -1, h.size(-1)))           # (B, N, C)
-        loss = model.loss(h, targets, "none").double()                           # (B, N)
-        losses[chosen] = torch.stack([(loss * (ending == k)).sum(1) for k in range(4)], 1).cpu().numpy()
+        loss, ending = model.loss(h, targets, "none").cpu().double(), ending.cpu()             # (B, N)
+        losses[chosen] = torch.stack([(loss * (ending == k)).sum(1) for k in range(4)], 1).numpy()
         begin += len(chosen)
     return losses
 

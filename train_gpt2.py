@@ -14,9 +14,11 @@ Letters beside the code: B batch, T time (tokens), C width, nh heads, hs head si
 GPT-2: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; the recipe: Brown et al. 2020 (GPT-3), appendix B.
 """
 import argparse
+import atexit
 import codecs
 import csv
 import dataclasses
+import datetime
 import functools
 import json
 import math
@@ -482,7 +484,8 @@ def join_processes():
     if "RANK" in os.environ and not distributed.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(days=1))       # one may compute long for all
+        atexit.register(distributed.destroy_process_group)
         if distributed.get_rank():
             sys.stdout = open(os.devnull, "w")
 
@@ -502,6 +505,22 @@ def summed(tensor):
     if processes() > 1:
         distributed.all_reduce(tensor)
     return tensor
+
+
+def wait():
+    """Until all processes are here."""
+    if processes() > 1:
+        distributed.barrier()
+
+
+def in_turns(function):
+    """What function() returns: the first process calls it alone, as it may fetch or compute something; the others then find that."""
+    if rank() > 0:
+        wait()
+    result = function()
+    if rank() == 0:
+        wait()
+    return result
 
 
 def autocast(device):
@@ -602,8 +621,8 @@ def save_checkpoint(path, checkpoint):
     os.replace(path.with_name("ckpt.new.pt"), path)
 
 
-def read_checkpoint(path):
-    """The dict that save_checkpoint wrote. Raises UserError when there is none, or when it is of another version or damaged."""
+def read_checkpoint(path, holds="run"):
+    """The dict that save_checkpoint wrote. Raises UserError when there is none, when it is damaged, of another version, or has no `holds`."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path} is not there: train first (python train_gpt2.py), or name a checkpoint with --ckpt")
@@ -615,6 +634,8 @@ def read_checkpoint(path):
         raise UserError(f"{path} is not a checkpoint of this program ({type(error).__name__}): " + (f"rename {other} to it" if other.exists() else "use --restart")) from None
     if version != FORMAT:
         raise UserError(f"{path} has format {version}, this program writes {FORMAT}: use the program that wrote it, or --restart")
+    if holds not in checkpoint:
+        raise UserError(f"{path} is a checkpoint of another kind: it has no {holds!r}")
     return checkpoint
 
 
@@ -622,7 +643,7 @@ def load_checkpoint(path):
     """(model, tokenizer, checkpoint) from a checkpoint's path; OpenAI's names and folders of safetensors work too, with checkpoint {}."""
     if str(path) in OPENAI or Path(path).is_dir() or Path(path).suffix == ".safetensors":
         return GPT.from_pretrained(path).eval(), fineweb.get_tokenizer("gpt2"), {}
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, holds="config")
     model = GPT(GPTConfig(**checkpoint["config"]))
     model.load_state_dict(checkpoint["model"])
     return model.eval(), fineweb.get_tokenizer(checkpoint["run"]["tokenizer"]), checkpoint
@@ -784,7 +805,8 @@ class Updates:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.recipe) * group.get("times", 1.0)
         self.optimizer.found_inf = bad
-        self.optimizer.step()
+        if self.device != "mps" or not bad.item():         # there the fused kernel does not look
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.skipped, self.streak = self.skipped + bad, (self.streak + bad) * bad
         self.worst = torch.maximum(self.worst, self.streak)
@@ -839,10 +861,11 @@ def train(args):
     run = {"preset": preset, "tokenizer": tokenizer.name, "seed": args.seed, "batch_tokens": recipe.batch_tokens, "train_tokens": len(tokens)}
     checkpoint = unfinished(out, run) if not args.restart else None
     if checkpoint:
-        if checkpoint["step"] >= recipe.steps:
+        if checkpoint["step"] >= recipe.steps and is_finished(out):
             print(f"{out} is finished ({checkpoint['step']:,} steps). To begin anew: --restart; to look at it: python train_gpt2.py --sample \"The \" --ckpt {out / 'ckpt.pt'}")
             return
     out.mkdir(parents=True, exist_ok=True)
+    (out / "samples.txt").unlink(missing_ok=True)          # they come last, and tell that a run is finished
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")             # TF32 for what stays fp32
     model = GPT(config).to(device)
@@ -850,7 +873,7 @@ def train(args):
     if checkpoint:
         training.restore(checkpoint)
     describe(preset, data, out, device, model, recipe, tokens, training.step)
-    examples = items_for_training() if recipe.hellaswag else None
+    examples = in_turns(items_for_training) if recipe.hellaswag else None
 
     def validate():
         scores = {name: validation_loss(model, shards, tokenizer, recipe.eval_tokens, recipe.micro_batch, device) for name, shards in val.items()}
@@ -917,7 +940,7 @@ def loop(training, validate, columns, out, header, flops):
             if processes() > 1:                            # a signal to one process stops all of them, at the next step that is logged
                 asked = step % recipe.log_every == 0 and summed(torch.tensor(float(asked), device=training.device)).item() > 0
             row = {}
-            if step % recipe.log_every == 0 or step == 1 or last or asked:
+            if step % recipe.log_every == 0 or step % recipe.eval_every == 0 or step == 1 or last or asked:
                 row = {"loss": loss.item(), "lr": learning_rate(step - 1, recipe), "norm": norm.item(), "skipped": int(training.skipped)}
                 now = time.time()
                 seconds, began = now - began, now
@@ -1018,7 +1041,7 @@ def measure(config, recipe, micro_batch, batch_tokens, device, seconds=10):
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         began, steps = time.time(), 0
-        while time.time() - began < seconds or steps < 3:
+        while steps < 3 or summed(torch.tensor(float(time.time() - began < seconds), device=device)).item() == processes():
             for _ in range(3):                             # wait for the device now and then only, as training does
                 loss, _ = training.update()
             loss.item()
@@ -1041,7 +1064,7 @@ def mfu(rate, flops, device):
     """Model FLOPs utilisation (Chowdhery et al. 2022, appendix B) as text, where the card's peak is known."""
     card = torch.cuda.get_device_name() if device == "cuda" else ""
     peak = next((peak for name, peak in PEAK.items() if name in card), None)
-    return f" | MFU {rate * flops / peak / processes():5.1%}" if peak else ""
+    return f" | MFU {rate * flops / peak / processes():5.1%}" if peak and flops else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1127,7 +1150,7 @@ def main(arguments=None):
     group.add_argument("--max-new-tokens", type=positive, default=200)
     group.add_argument("--temperature", type=float, default=0.8)
     group.add_argument("--top-k", type=positive)
-    group.add_argument("--top-p", type=float)
+    group.add_argument("--top-p", type=share)
     group.add_argument("--num", type=positive, default=1, help="how many samples")
     args = parser.parse_args(arguments)
     if args.bench:
@@ -1142,6 +1165,14 @@ def main(arguments=None):
         print(f"{args.export_hf} is ready for transformers.AutoModelForCausalLM.from_pretrained")
     else:
         train(args)
+
+
+def share(text):
+    """A number above 0, up to 1."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value
 
 
 def positive(text):
