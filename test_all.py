@@ -668,6 +668,15 @@ def test_checkpoints_that_cannot_be_read(tmp_path):
         train_gpt2.load_checkpoint(path)
 
 
+def test_checkpoints_of_another_kind_are_refused(tmp_path, eye):
+    for load in (train_gpt2.load_checkpoint, lambda path: train_gpt2.read_checkpoint(path)):
+        with pytest.raises(UserError, match="another kind"):
+            load(eye)
+    train_gpt2.save_checkpoint(tmp_path / "ckpt.pt", {"format": 1, "run": {}})
+    with pytest.raises(UserError, match="another kind"):
+        caption.load_clip(tmp_path / "ckpt.pt")
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     path = tmp_path / "ckpt.pt"
     train_gpt2.save_checkpoint(path, {"format": 1, "x": torch.zeros(10)})
@@ -677,7 +686,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         train_gpt2.fineweb.command_line(lambda: train_gpt2.save_checkpoint({str(path)!r}, {{"format": 1, "x": torch.zeros(10 ** 6)}}))"""
     assert_error(subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True), "make room")
-    assert len(train_gpt2.read_checkpoint(path)["x"]) == 10 and [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
+    assert len(train_gpt2.read_checkpoint(path, holds="x")["x"]) == 10 and [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
 def test_sampling_from_the_command_line(whole):
