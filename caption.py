@@ -552,7 +552,7 @@ class Recipe:
 LEARNING_RATES = {"linear": (5e-3, 2e-3), "cross": (5e-3, 4e-4), "qformer": (2e-3, 4e-4)}     # highest: in the tiny world, at full size
 GATES = 10                       # their rate is that much higher: a gate has to open before anything behind it can learn
 COCO_CAPTIONS = 591_753          # of train2017
-STEPS, EPOCHS = 1_000, 4           # the tiny world's budget in steps, the full one's in passes over the pictures
+STEPS, EPOCHS = 1_000, 4         # the tiny world's budget in steps, the full one's in passes over the pictures
 
 
 class BridgeTraining(train_gpt2.Updates):
@@ -609,10 +609,11 @@ def caption_loss(captioner, features, captions, device, batch=50):
 def build(name, S, D, decoder):
     """A Captioner with a new bridge that fits `decoder` and S vision tokens of width D; <|endoftext|> is the decoder's last token."""
     c = decoder.config
-    if max(S, 32) + 2 > c.block_size:
-        raise UserError(f"{S} vision tokens leave no room in the decoder's context of {c.block_size}: choose --grid-size 4x8")
-    layers = min(4, c.n_layer // 2) if name == "qformer" else c.n_layer          # without BERT's weights more layers bring nothing
-    return Captioner(BRIDGES[name](S, D, c.n_embd, c.n_head, layers, decoder.wte.weight.std().item()), decoder, c.vocab_size - c.vocab_padding - 1)
+    layers = min(4, c.n_layer // 2) if name == "qformer" else c.n_layer          # four are enough for queries, each block of the decoder looks
+    bridge = BRIDGES[name](S, D, c.n_embd, c.n_head, layers, decoder.wte.weight.std().item())
+    if bridge.P + 2 > c.block_size:
+        raise UserError(f"a prefix of {bridge.P} leaves no room in the decoder's context of {c.block_size}: choose --grid-size 4x8")
+    return Captioner(bridge, decoder, c.vocab_size - c.vocab_padding - 1)
 
 
 def dataset(world, split, args, device):
@@ -907,7 +908,7 @@ def sample(args):
         for told in texts:
             print(f"{file}: {told[i]}")
     if args.grid:
-        draw_grid(args.grid, [image for _, image in found], texts[0])
+        draw_grid(args.grid, images, texts[0])
         print(f"drawn in {args.grid}")
 
 

@@ -13,7 +13,7 @@ A caption is scored against some five that people wrote, by four metrics that di
     METEOR     which words agree, other endings allowed, and in how few pieces?                      (recall before precision)
 
 All four equal the numbers of the official COCO scorer, which needs Java; only METEOR leaves out a part, its tables of synonyms
-and paraphrases, and says so: "METEOR (exact + stem)". The worked examples below all score one candidate against two references:
+and paraphrases, and says so: "METEOR (exact + stem)". The worked examples, but for CIDEr's, score one candidate against two references:
 
     candidate       a red circle and a blue square
     references      a red circle above a blue square  |  a blue square

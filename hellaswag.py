@@ -173,7 +173,7 @@ _RENDERED = {}
 
 
 def rendered(examples, tokenizer, harness):
-    """The examples' Items; tokenised once in a run."""
+    """The examples' Items; tokenised once in a run. The examples are kept beside them, so that their id stays theirs."""
     key = id(examples), tokenizer.name, harness
     if key not in _RENDERED:
         _RENDERED[key] = examples, [render(example, tokenizer, harness) for example in examples]

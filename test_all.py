@@ -1441,6 +1441,12 @@ def test_pooling_equals_a_plain_loop(side, grid):
         caption.pool_tokens(tokens, (3, 5))
 
 
+def test_a_prefix_has_to_fit_into_the_context():
+    with pytest.raises(UserError, match="a prefix of 65 leaves no room.*--grid-size 4x8"):
+        caption.build("linear", 65, 12, small_model(config=train_gpt2.PRESETS["tiny"]))
+    assert caption.build("cross", 65, 12, small_model(config=train_gpt2.PRESETS["tiny"])).bridge.P == 1      # tokens that are looked at take none
+
+
 @pytest.fixture(scope="session")
 def eye(tmp_path_factory):
     """A tiny CLIP with random weights, as a checkpoint."""
@@ -1454,6 +1460,7 @@ def test_features_are_computed_once_and_gone_on_with(eye, shapes, tmp_path, monk
     vision, pictures = caption.load_clip(eye), coco_eval.read_dataset(shapes, "train")[:150]
     whole, good = caption.cached_features(vision, pictures, tmp_path / "a", "train", (4, 8), "cpu")
     assert whole.shape == (150, 33, 96) and whole.dtype == np.float16 and all(good)
+    assert not any(p.requires_grad for p in vision.visual.parameters()) and caption.fingerprint(vision.visual) in vision.name     # CLIP stays as it is
     one = caption.pool_tokens(vision(caption.prepare(vision, [coco_eval.load_image(pictures[70]["path"])])))
     assert np.allclose(whole[70], one[0].numpy(), atol=2e-2)
     read = caption.readable

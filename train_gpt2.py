@@ -853,7 +853,6 @@ class Training(Updates):
 
 def train(args):
     """Train, or go on with a run, until its last step; Ctrl-C and SIGTERM save and stop."""
-    join_processes()
     preset, data = choose_world(args)
     config, device, out = PRESETS[preset], pick_device(), Path(args.out or f"runs/{preset}")
     recipe, (tokens, val) = choose_recipe(args, config, preset), find_shards(data)
@@ -1010,7 +1009,6 @@ def finish(training, val, tokenizer, out, preset):
 
 def bench(args):
     """Print tokens/s, MFU and peak memory of training on random tokens, and the time of a full run; on a GPU for growing micro-batches."""
-    join_processes()
     device = pick_device()
     preset = args.preset or ("gpt2" if device == "cuda" else "tiny")
     config, recipe = PRESETS[preset], RECIPES[preset]
@@ -1119,7 +1117,7 @@ def evaluate(args):
         print("context    " + ", ".join(f"{fact} {share:.2f}" for fact, share in context_use(model, tokenizer, device).items()) + "  (maps of 200 new scenes)")
         print(f"HellaSwag  not measured: its items are longer than this model's context of {model.config.block_size} tokens")
     else:
-        examples, note = hellaswag.load_examples(args.hellaswag)
+        examples, note = in_turns(lambda: hellaswag.load_examples(args.hellaswag))
         chosen = hellaswag.subset(examples, args.limit)
         note = ", ".join(filter(None, [note, f"{len(chosen):,} of {len(examples):,} items, a fixed random subset" if args.limit else ""]))
         print(hellaswag.report(measure_hellaswag(model, tokenizer, chosen, device, harness=True), note))
@@ -1153,6 +1151,7 @@ def main(arguments=None):
     group.add_argument("--top-p", type=share)
     group.add_argument("--num", type=positive, default=1, help="how many samples")
     args = parser.parse_args(arguments)
+    join_processes()
     if args.bench:
         bench(args)
     elif args.sample is not None:
