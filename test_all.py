@@ -435,9 +435,10 @@ def test_processes_divide_an_epoch_among_them(size, tmp_path, monkeypatch):
 
 def test_batches_that_processes_cannot_divide_are_refused(monkeypatch):
     monkeypatch.setattr(train_gpt2, "processes", lambda: 4)
-    args = train_gpt2.argparse.Namespace(steps=None, batch_tokens=10 * 64, micro_batch=2, lr=None, eval_every=None)
-    with pytest.raises(UserError, match="no multiple of 2 windows of 64 tokens on 4 processes: take 512 or 1,024"):
-        train_gpt2.choose_recipe(args, train_gpt2.PRESETS["tiny"], "tiny")
+    for batch, micro, words in ((12 * 64, 2, "no multiple of 2 windows of 64 tokens on 4 processes: take 512 or 1,024"), (10 * 64, None, "4 processes cannot share the 10 windows .* take 2 or 5,")):
+        args = train_gpt2.argparse.Namespace(steps=None, batch_tokens=batch, micro_batch=micro, lr=None, eval_every=None)
+        with pytest.raises(UserError, match=words):
+            train_gpt2.choose_recipe(args, train_gpt2.PRESETS["tiny"], "tiny")
 
 
 def test_many_shards_are_mapped_and_not_read(tmp_path):

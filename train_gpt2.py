@@ -103,10 +103,10 @@ class CausalSelfAttention(nn.Module):
 
 def attention(q, k, v, mask=None, is_causal=False):
     """softmax(q kᵀ / √hs) v, fused (FlashAttention on GPUs), so that the (T, T) weights are never stored. Shapes (B, nh, T, hs)."""
-    if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-    with torch.autocast("cpu", enabled=False):             # bf16 attention is five times slower in the backward pass on CPUs: 23 ms against 4.6
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=is_causal)
+    if q.device.type == "cpu" and q.size(2) < 512:         # there bf16's backward pass is slow on short sequences: 23 ms against 4.6 at T = 64
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=is_causal)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
 
 
 class MLP(nn.Module):
@@ -177,6 +177,7 @@ class GPT(nn.Module):
         """Hidden states (B, T, C) to logits (B, T, V), with the token table as the head."""
         return F.linear(h, self.wte.weight)
 
+    @torch.compiler.disable                                # one clean border in a compiled model: what follows gains nothing from being traced
     def loss(self, h, targets, reduction="mean"):
         """Cross-entropy in nats of targets (B, T) given hidden states (B, T, C); targets of -100 do not count.
 
@@ -261,38 +262,35 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     to z is softmax(z) - onehot(y), so it is known as soon as the logits are: the forward pass computes it, and the logits of
     a chunk are forgotten before the next one. Nothing is computed twice.
     """
-    ROWS = 1024
+    ROWS = 2048
 
     @staticmethod
     def forward(ctx, h, weight, targets, needs_grad):
-        total = torch.zeros((), device=h.device)
-        ctx.grad_h = torch.empty_like(h) if needs_grad and ctx.needs_input_grad[0] else None
-        ctx.grad_weight = torch.zeros_like(weight) if needs_grad and ctx.needs_input_grad[1] else None
         low = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else h.dtype
-        w, learn = weight.to(low), ctx.grad_h is not None or ctx.grad_weight is not None
-        piece = 32 if h.device.type == "cpu" else ChunkedCrossEntropy.ROWS       # so many rows in fp32 stay in a CPU's cache
-        for i in range(0, len(h), ChunkedCrossEntropy.ROWS):
+        N, V, w, total, ctx.grad_weight = len(h), len(weight), weight.to(low), torch.zeros((), device=h.device), None
+        ctx.grad_h = torch.empty_like(h) if needs_grad and ctx.needs_input_grad[0] else None
+        room = w.new_empty(min(N, ChunkedCrossEntropy.ROWS), V)                  # for the logits of a chunk, again and again: new memory is slow
+        piece = max(1, 500_000 // V) if h.device.type == "cpu" else ChunkedCrossEntropy.ROWS           # so many rows in fp32 stay in a CPU's cache
+        for i in range(0, N, ChunkedCrossEntropy.ROWS):
             rows, y = h[i:i + ChunkedCrossEntropy.ROWS].to(low), targets[i:i + ChunkedCrossEntropy.ROWS]
             counts, y = (y != -100)[:, None], y.clamp(min=0)[:, None]            # (rows, 1)
-            logits = rows @ w.T                                                  # (rows, V)
+            logits = torch.mm(rows, w.T, out=room[:len(rows)])                   # (rows, V)
             for z, target, count in zip(*(t.split(piece) for t in (logits, y, counts))):
                 log_p = F.log_softmax(z, dim=1, dtype=torch.float32)
-                total = total - (log_p.gather(1, target) * count).sum()
-                if learn:                                  # the logits become their gradient, in place
+                total -= (log_p.gather(1, target) * count).sum()
+                if needs_grad:                             # the logits become their gradient, in place
                     z.copy_(log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32)))
-            if not learn:
-                continue
-            grad = logits
             if ctx.grad_h is not None:
-                ctx.grad_h[i:i + ChunkedCrossEntropy.ROWS] = grad @ w * counts
-            if ctx.grad_weight is not None:
-                ctx.grad_weight += grad.T @ (rows * counts)
+                ctx.grad_h[i:i + ChunkedCrossEntropy.ROWS] = logits @ w * counts
+            if needs_grad and ctx.needs_input_grad[1]:
+                grad = (logits.T @ (rows * counts)).to(weight.dtype)             # (V, C)
+                ctx.grad_weight = grad if ctx.grad_weight is None else ctx.grad_weight.add_(grad)
         return total
 
     @staticmethod
     def backward(ctx, grad):
-        scaled = (None if g is None else g.mul_(grad) for g in (ctx.grad_h, ctx.grad_weight))
-        return *scaled, None, None
+        grads, ctx.grad_h, ctx.grad_weight = (ctx.grad_h, ctx.grad_weight), None, None       # given away: other gradients are added to them in place
+        return *(None if g is None else g.mul_(grad) for g in grads), None, None
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
@@ -761,16 +759,20 @@ def choose_world(args):
 def choose_recipe(args, config, preset):
     """The preset's recipe with the flags' changes. Raises UserError, naming the nearest that do, when a batch does not divide."""
     given = {key: getattr(args, key) for key in ("steps", "batch_tokens", "micro_batch", "lr", "eval_every") if getattr(args, key) is not None}
-    recipe = Recipe(**{**asdict(RECIPES[preset]), **given})
+    recipe = dataclasses.replace(RECIPES[preset], **given)
     T, micro = config.block_size, recipe.micro_batch
+    windows, rest = divmod(recipe.batch_tokens, T)
+    if not rest and windows % processes():
+        fitting = [n for n in range(1, windows + 1) if windows % n == 0]
+        near = [max(n for n in fitting if n < processes()), *[n for n in fitting if n > processes()][:1]]
+        raise UserError(f"{processes()} processes cannot share the {windows:,} windows of a step evenly: take {' or '.join(map(str, near))}, or another --batch-tokens")
     if args.micro_batch is None:                           # the largest up to the preset's that divides
-        windows = max(recipe.batch_tokens // T // processes(), 1)
-        micro = next(m for m in range(min(micro, windows), 0, -1) if windows % m == 0)
+        micro = next(m for m in range(micro, 0, -1) if windows // processes() % m == 0)
     unit = T * micro * processes()
     if recipe.batch_tokens % unit:
         low, high = recipe.batch_tokens // unit * unit, -(-recipe.batch_tokens // unit) * unit
         raise UserError(f"--batch-tokens {recipe.batch_tokens:,} is no multiple of {micro} windows of {T} tokens{f' on {processes()} processes' if processes() > 1 else ''}: take {f'{low:,} or ' if low else ''}{high:,}, or another --micro-batch")
-    return Recipe(**{**asdict(recipe), "micro_batch": micro})
+    return dataclasses.replace(recipe, micro_batch=micro)
 
 
 class Updates:
