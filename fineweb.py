@@ -21,9 +21,10 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -39,12 +40,15 @@ class UserError(Exception):
 
 
 def command_line(main):
-    """Run main(). A UserError, or a file that the system refuses, becomes one line on stderr and exit code 2."""
+    """Run main(). A UserError, or a file that the system refuses, becomes one line on stderr and exit code 2; Ctrl-C ends it quietly."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
     except OSError as error:                               # a full disk, a read-only folder, a file that is not there
         print(f"error: {error.filename or 'writing'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
@@ -458,16 +462,17 @@ def text_to_shards(paths, folder, val_fraction=0.01, shard_tokens=SHARD_TOKENS):
     shards = {"train": _Shards(building, f"{folder.name}_train", 1, shard_tokens), "val": _Shards(building, f"{folder.name}_val", 0, shard_tokens)}
     documents = _split_single(read_documents(paths), val_fraction)
     every = round(1 / val_fraction) if val_fraction else 0
-    began = time.time()
-    with ThreadPoolExecutor(os.cpu_count()) as threads:    # tiktoken's Rust code lets the other threads run meanwhile
-        for number, tokens in enumerate(_map_in_order(threads, lambda text: encode_document(text, tokenizer), documents)):
-            shards["val" if every and number % every == 1 else "train"].add(tokens)
-            if number % 100 == 0:
-                total = shards["train"].total + shards["val"].total
-                print(f"\r{number + 1:,} documents  {total / 1e6:,.2f} M tokens  {total / (time.time() - began) / 1e6:.2f} M tokens/s ", end="", flush=True)
+    number, began = 0, time.time()
+    with ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:       # Ctrl-C is for us, not for each of them
+        for batch in _map_in_order(pool, encode_documents, _batches(documents)):
+            for tokens in batch:
+                shards["val" if every and number % every == 1 else "train"].add(tokens)
+                number += 1
+            total = shards["train"].total + shards["val"].total
+            print(f"\r{number:,} documents  {total / 1e6:,.2f} M tokens  {total / (time.time() - began) / 1e6:.2f} M tokens/s ", end="", flush=True)
     for split in shards.values():
         split.finish()
-    print(f"\r{number + 1:,} documents: {shards['train'].total:,} tokens for training, {shards['val'].total:,} for validation, in {folder}")
+    print(f"\r{number:,} documents: {shards['train'].total:,} tokens for training, {shards['val'].total:,} for validation, in {folder}")
     if folder.exists():
         folder.rmdir()
     os.replace(building, folder)
@@ -485,13 +490,31 @@ def _split_single(documents, val_fraction):
     return itertools.chain(head, documents)
 
 
-def _map_in_order(threads, function, items, ahead=64):
+def _batches(documents, characters=1_000_000):
+    batch, size = [], 0
+    for text in documents:
+        batch.append(text)
+        size += len(text)
+        if size >= characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _map_in_order(pool, function, items):
     waiting = []
     for item in items:
-        waiting.append(threads.submit(function, item))
-        if len(waiting) == ahead:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) == 2 * os.cpu_count():             # enough to keep all busy, few enough for any memory
             yield waiting.pop(0).result()
     yield from (future.result() for future in waiting)
+
+
+def encode_documents(texts):
+    """Documents as encode_document() gives them, with GPT-2's vocabulary."""
+    tokenizer = get_tokenizer("gpt2")
+    return [encode_document(text, tokenizer) for text in texts]
 
 
 class _Shards:

@@ -1641,6 +1641,9 @@ def test_own_text_becomes_shards_byte_for_byte(tmp_path, monkeypatch):
         assert [tokenizer.decode(list(map(int, piece.split()))) for piece in pieces] == expected
     with pytest.raises(UserError, match="not empty"):
         fineweb.text_to_shards([source], tmp_path / "own")
+    spawned = "import multiprocessing, fineweb; multiprocessing.set_start_method('spawn'); fineweb.main()"       # as on macOS and Windows
+    subprocess.run([sys.executable, "-c", spawned, "--text", source, tmp_path / "odd.txt", "--val-fraction", "0.1", "--out", tmp_path / "spawned"], cwd=HERE, check=True, timeout=120)
+    assert np.array_equal(fineweb.read_shard(tmp_path / "spawned/spawned_train_000001.bin"), np.concatenate([fineweb.read_shard(path) for path in sorted((tmp_path / "own").glob("*train*"))]))
 
 
 @real_data

@@ -980,7 +980,7 @@ def progress(step, row, training, flops):
 
 def clock(seconds):
     """2.5 h, or minutes:seconds."""
-    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+    return f"{seconds / 3600:,.1f} h" if seconds > 5400 else f"{int(seconds // 60)}:{int(seconds % 60):02d}"
 
 
 def finish(training, val, tokenizer, out, preset):
@@ -1025,7 +1025,7 @@ def bench(args):
             break
         full = recipe.steps * recipe.batch_tokens
         print(f"micro-batch {size:>3}: {rate:9,.0f} tokens/s{mfu(rate, flops_per_token(config), device)} | peak {memory / 1e9:.1f} GB | "
-              f"a full run of {full / 1e9:,.3g} B tokens: {full / rate / 3600:,.1f} h", flush=True)
+              f"a full run of {full / 1e6:,.1f} M tokens: {clock(full / rate)}", flush=True)
 
 
 def measure(config, recipe, micro_batch, batch_tokens, device, seconds=10):
