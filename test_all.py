@@ -42,6 +42,7 @@ from train_gpt2 import GPT, GPTConfig
 HERE = Path(__file__).parent
 REAL = Path(os.environ.get("REAL_DATA", "nowhere"))
 real_data = pytest.mark.skipif(not REAL.is_dir(), reason="needs REAL_DATA, a folder of real data")
+measured = pytest.mark.skipif("MEASURE" not in os.environ, reason="measures speed: set MEASURE=1, and -s to see it")
 SMALL = GPTConfig(block_size=16, vocab_size=48, n_layer=3, n_head=2, n_embd=32, init_std=0.3, vocab_padding=5)
 
 
@@ -348,6 +349,63 @@ def test_a_loss_that_is_not_finite_changes_nothing(tmp_path):
     training.update()
     assert (training.skipped, training.streak, training.worst) == (3, 0, 3)
     assert not torch.equal(before[0], training.raw.wte.weight)
+
+
+LOSS_OF_THE_HEAD = """
+import resource, sys, time, torch, train_gpt2
+from torch.nn import functional as F
+rows, way = 16_384, sys.argv[1]
+torch.manual_seed(0)
+h, w, y = torch.randn(rows, 768, requires_grad=True), (torch.randn(50_304, 768) * 0.02).requires_grad_(), torch.randint(50_257, (rows,))
+h.grad, w.grad = torch.zeros_like(h), torch.zeros_like(w)
+
+def loss():
+    if way.startswith("linear_cross_entropy"):
+        return F.linear_cross_entropy(h, w, y, options=torch.nn.LinearCrossEntropyOptions())
+    with train_gpt2.autocast("cpu"):
+        return F.cross_entropy(F.linear(h, w).float(), y) if way == "plain" else train_gpt2.ChunkedCrossEntropy.apply(h, w, y, True) / rows
+
+before, times = train_gpt2.peak_memory(), []
+for _ in range(3):
+    began = time.time()
+    value = loss()
+    value.backward()
+    times.append(time.time() - began)
+print(f"{way:28} {value.item():.4f} nats, {(train_gpt2.peak_memory() - before) / 1e9:5.2f} GB, {min(times):5.2f} s")
+"""
+
+
+@measured
+def test_measured_parts_of_training():
+    """The head's loss on 16,384 rows in three ways, attention in fp32 and bf16, and a compiled step beside one that is not."""
+    print()
+    for way in ("plain", "linear_cross_entropy, fp32", "ours"):                  # a process each: memory is counted by the process
+        if hasattr(F, "linear_cross_entropy") or not way.startswith("linear"):
+            subprocess.run([sys.executable, "-c", LOSS_OF_THE_HEAD, way], cwd=HERE, check=True)
+    for B, nh, T, hs in ((24, 4, 64, 32), (2, 12, 1024, 64)):
+        for dtype in (torch.float32, torch.bfloat16):
+            q, k, v = (torch.randn(B, T, nh, hs, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3))
+            seconds = best_time(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward())
+            print(f"attention, {B} x {nh} heads x {T} tokens, {dtype}: {1000 * seconds:.1f} ms forward and backward")
+    model = GPT(train_gpt2.PRESETS["gpt2"])
+    x = torch.randint(50_257, (2, 1024))
+    for name, net in (("as it is", model), ("compiled", torch.compile(model))):
+        def step():
+            with train_gpt2.autocast("cpu"):
+                net(x, x)[1].backward()
+            model.zero_grad()
+        print(f"forward and backward of the 124M, 2 x 1024 tokens, {name}: {best_time(step):.2f} s")
+
+
+def best_time(function, tries=5):
+    """Seconds of the fastest of some calls, after one to warm up."""
+    function()
+    times = []
+    for _ in range(tries):
+        began = time.time()
+        function()
+        times.append(time.time() - began)
+    return min(times)
 
 
 def test_many_such_losses_stop_the_run(tmp_path):
@@ -883,7 +941,7 @@ def test_real_items_have_the_losses_of_one_at_a_time(tmp_path):
 
 
 @real_data
-@pytest.mark.skipif("MEASURE" not in os.environ, reason="measures speed: set MEASURE=1, and -s to see it")
+@measured
 def test_measured_hellaswag_beside_one_at_a_time():
     """The 124M on 48 items: four padded rows with all logits an item, in fp32, beside ours in fp32 and with bf16 products."""
     tokenizer, examples = fineweb.get_tokenizer("gpt2"), hellaswag.subset(hellaswag.load_examples(REAL / "hellaswag/hellaswag_val.jsonl")[0], 48)
