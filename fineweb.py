@@ -80,6 +80,25 @@ def atomic_write(path, mode="wb", **options):
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def only_one(folder):
+    """Within this context no other process gets into it for the same folder, where the system has locks (not on Windows)."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)                  # the folder itself is locked; the lock goes with the process, however that ends
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is at work in {folder}: wait until it ends, or choose another --out") from None
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
 def require_space(folder, size):
     """Raise UserError unless `size` bytes are free where `folder` is, or will be."""
     folder = Path(folder).absolute()
@@ -554,9 +573,9 @@ def fetch_fineweb(tokens, folder):
     names = _list_hub(folder)
     val, train = [n for n in names if "_val_" in n], [n for n in names if "_train_" in n][:-(-tokens // SHARD_TOKENS)]
     missing = [n for n in val + train if not (folder / n).exists()]
-    require_space(folder, sum(names[n] for n in missing))
+    require_space(folder, sum(names[n][0] for n in missing))
     for number, file in enumerate(val + train, 1):
-        download(f"{HUB}/datasets/{FINEWEB}/resolve/main/{file}", folder / file, names[file])
+        download(f"{HUB}/datasets/{FINEWEB}/resolve/main/{file}", folder / file, *names[file])
         try:
             read_shard(folder / file)
         except UserError:
@@ -566,12 +585,12 @@ def fetch_fineweb(tokens, folder):
 
 
 def _list_hub(folder):
-    """The shards' names and sizes in bytes, asked from the hub."""
+    """{name of a shard: (its size in bytes, its SHA-256 if the hub tells)}."""
     url = f"{HUB}/api/datasets/{FINEWEB}/tree/main"
     try:
         entries = request(url).json()
-        return {entry["path"]: int(entry["size"]) for entry in sorted(entries, key=lambda e: e["path"]) if entry["path"].endswith(".bin")}
-    except (requests.RequestException, ValueError, KeyError, TypeError) as error:
+        return {entry["path"]: (int(entry["size"]), entry.get("lfs", {}).get("oid")) for entry in sorted(entries, key=lambda e: e["path"]) if entry["path"].endswith(".bin")}
+    except (requests.RequestException, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{url} gives no list of shards ({type(error).__name__}): check the network, or put the .bin files of "
                         f"{HUB}/datasets/{FINEWEB} into {folder} yourself") from None
 

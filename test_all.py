@@ -616,7 +616,7 @@ def test_fineweb_shards_are_fetched_checked_and_skipped(server, tmp_path, capsys
         fineweb.write_shard(tmp_path / "made.bin", np.arange(count) % 50_000)
         bodies[f"finewebedu_{name}.bin"] = (tmp_path / "made.bin").read_bytes()
     (tmp_path / "made.bin").unlink()
-    listing = [{"path": name, "size": len(body)} for name, body in bodies.items()] + [{"path": "README.md", "size": 5}]
+    listing = [{"path": name, "size": len(body), "lfs": {"oid": hashlib.sha256(body).hexdigest()}} for name, body in bodies.items()] + [{"path": "README.md", "size": 5}]
     place = f"/datasets/{fineweb.FINEWEB}"
     server.files = {f"/api{place}/tree/main": json.dumps(listing).encode(), **{f"{place}/resolve/main/{name}": body for name, body in bodies.items()}}
     server.behave = ["", "break off", "503", "no ranges", "", "break off"]
@@ -626,6 +626,9 @@ def test_fineweb_shards_are_fetched_checked_and_skipped(server, tmp_path, capsys
     fineweb.fetch_fineweb(150_000_000, tmp_path)
     assert len(server.ranges) == asked + 1 and "3 of 3 shards" in capsys.readouterr().out          # the list only
     server.files[f"{place}/resolve/main/finewebedu_train_000003.bin"] = bodies["finewebedu_train_000003.bin"][:8] + bytes(4) + bodies["finewebedu_train_000003.bin"][12:]
+    with pytest.raises(UserError, match="is not the expected one"):              # by its SHA-256; where the hub tells none, by its header
+        fineweb.fetch_fineweb(300_000_000, tmp_path)
+    server.files[f"/api{place}/tree/main"] = json.dumps([{"path": name, "size": len(body)} for name, body in bodies.items()]).encode()
     with pytest.raises(UserError, match="where its header says"):
         fineweb.fetch_fineweb(300_000_000, tmp_path)
     assert not (tmp_path / "finewebedu_train_000003.bin").exists()
@@ -712,6 +715,14 @@ def test_a_finished_run_says_so_and_refuses_another_recipe(tiny, whole):
     assert_error(train(tiny, folder, "--seed", 1), "seed 0, not 1")
 
 
+def test_two_runs_into_one_folder_are_refused(tiny, tmp_path):
+    pytest.importorskip("fcntl", reason="needs a system with locks")
+    (tmp_path / "run").mkdir()
+    with fineweb.only_one(tmp_path / "run"):
+        assert_error(train(tiny, tmp_path, "--out", "run"), "another process is at work in run")
+    assert train(tiny, tmp_path, "--out", "run").returncode == 0
+
+
 def test_checkpoints_that_cannot_be_read(tmp_path):
     path = tmp_path / "ckpt.pt"
     with pytest.raises(UserError, match="train first"):
@@ -725,6 +736,18 @@ def test_checkpoints_that_cannot_be_read(tmp_path):
     (tmp_path / "ckpt.prev.pt").write_bytes(b"")
     with pytest.raises(UserError, match="ckpt.prev.pt"):
         train_gpt2.load_checkpoint(path)
+
+
+def test_a_flipped_bit_or_a_torn_checkpoint_is_noticed(tmp_path):
+    path, rng = tmp_path / "ckpt.pt", random.Random(0)
+    train_gpt2.save_checkpoint(path, {"format": 1, "run": {"seed": 1}, "x": torch.arange(500.0)})
+    whole = path.read_bytes()
+    for _ in range(300):
+        place, body = rng.randrange(len(whole)), bytearray(whole)
+        body[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(body if rng.random() < 0.7 else body[:place])
+        with contextlib.suppress(UserError):               # or it does not matter: a date, padding
+            assert torch.equal(train_gpt2.read_checkpoint(path)["x"], torch.arange(500.0))
 
 
 def test_checkpoints_of_another_kind_are_refused(tmp_path, eye):
@@ -1541,6 +1564,30 @@ def test_features_are_computed_once_and_gone_on_with(eye, shapes, tmp_path, monk
     assert good == [True, True, True, False]
 
 
+EXTRACTION = """
+import sys, time, caption, coco_eval
+caption.SAVE_EVERY, read = 0, caption.readable
+caption.readable = lambda *args: (time.sleep(0.01), read(*args))[1]
+caption.cached_features(caption.load_clip(sys.argv[1]), coco_eval.read_dataset(sys.argv[2], "train"), sys.argv[3], "train", (4, 8), "cpu")
+"""
+
+
+def test_an_extraction_that_is_killed_goes_on(eye, shapes, tmp_path, monkeypatch):
+    process = subprocess.Popen([sys.executable, "-c", EXTRACTION, eye, shapes, tmp_path / "a"], cwd=HERE, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "a/train.json").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    done = json.loads((tmp_path / "a/train.json").read_text())["done"]
+    assert 0 < done < len(pictures := coco_eval.read_dataset(shapes, "train"))
+    vision, pictures, read, seen = caption.load_clip(eye), coco_eval.read_dataset(shapes, "train"), caption.readable, []
+    monkeypatch.setattr(caption, "readable", lambda path, *rest: seen.append(path) or read(path, *rest))
+    (again, _), counted = caption.cached_features(vision, pictures, tmp_path / "a", "train", (4, 8), "cpu"), len(seen)
+    assert counted == len(pictures) - done
+    assert np.array_equal(again, caption.cached_features(vision, pictures, tmp_path / "b", "train", (4, 8), "cpu")[0])
+
+
 @pytest.fixture(scope="session")
 def captions_run(eye, shapes, whole, tmp_path_factory):
     """The flags of a short run, and the folder in which one was made without interruption."""
@@ -1646,6 +1693,11 @@ def train_together(rank, size, port, tiny, out):
     losses += [x.item() for _ in range(3) for x in training.update()]
     losses.append(caption.caption_loss(training.net, features, captions, "cpu")[0])
     texts = caption.write_captions(training.net, features, fineweb.get_tokenizer("tiny"), max_new_tokens=6)
+    train_gpt2.require_same_step(training)
+    if size > 1:                                           # as when a machine does not see the checkpoint that the others go on from
+        training.step += rank
+        with pytest.raises(UserError, match="all machines share"):
+            train_gpt2.require_same_step(training)
     if rank == 0:
         Path(out).write_text(json.dumps([losses, texts]))
 
@@ -1679,6 +1731,15 @@ def test_a_signal_to_one_process_stops_all_and_one_goes_on(tiny, tmp_path):
     process = run("train_gpt2.py", *flags, cwd=tmp_path)   # one process goes on with what two began
     assert process.returncode == 0 and f"going on after step {stopped}" in process.stdout, process.stderr
     assert torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["step"] == stopped + 3
+
+
+def test_torchrun_trains_and_scores_a_bridge_as_one_process_does(captions_run, tmp_path):
+    flags, folder, _ = captions_run
+    process = subprocess.run(torchrun("caption.py", *flags, cwd=tmp_path), cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert process.returncode == 0 and process.stdout.count("METEOR (exact + stem)") == 1, process.stderr
+    one, two = (json.loads((f / "runs/shapes-cross/scores.json").read_text()) for f in (folder, tmp_path))
+    assert two["nats a caption"] == pytest.approx(one["nats a caption"], rel=0.01) and two["shuffled"] == pytest.approx(one["shuffled"], rel=0.01)
+    assert len(two["per_image"]) == 500 and two["facts"].keys() == one["facts"].keys()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

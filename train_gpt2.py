@@ -16,6 +16,7 @@ GPT-2: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners
 import argparse
 import atexit
 import codecs
+import contextlib
 import csv
 import dataclasses
 import datetime
@@ -29,6 +30,8 @@ import signal
 import sys
 import tempfile
 import time
+import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -625,9 +628,12 @@ def read_checkpoint(path, holds="run"):
     if not path.exists():
         raise UserError(f"{path} is not there: train first (python train_gpt2.py), or name a checkpoint with --ckpt")
     try:
+        with zipfile.ZipFile(path) as parts:               # torch does not look at their checksums
+            if parts.testzip():
+                raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         version = checkpoint["format"]
-    except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, TypeError, ValueError) as error:        # what a damaged file makes the reader stumble over
+    except (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, RuntimeError, KeyError, EOFError, TypeError, ValueError) as error:        # what a damaged file makes the reader stumble over
         other = path.with_name("ckpt.prev.pt")
         raise UserError(f"{path} is not a checkpoint of this program ({type(error).__name__}): " + (f"rename {other} to it" if other.exists() else "use --restart")) from None
     if version != FORMAT:
@@ -928,14 +934,15 @@ def loop(training, validate, columns, out, header, flops):
 
     validate() prints and returns what the `columns` of log.csv hold. header: what a checkpoint says of its run. flops: of each unit, for MFU.
     """
-    recipe, path = training.recipe, out / "ckpt.pt"
-    log = Log(out / "log.csv", ["step", "loss", "lr", "norm", "skipped", *columns, f"{training.unit}_per_second", "seconds"], training.step) if rank() == 0 else None
-    caught = []
-    handlers = {number: signal.signal(number, lambda n, _: caught.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
-    began, first = time.time(), training.step
-    try:
+    recipe, path, columns = training.recipe, out / "ckpt.pt", ["step", "loss", "lr", "norm", "skipped", *columns, f"{training.unit}_per_second", "seconds"]
+    require_same_step(training)
+    with fineweb.only_one(out) if rank() == 0 else contextlib.nullcontext(), signals_noted() as caught:
+        log, began, first = Log(out / "log.csv", columns, training.step) if rank() == 0 else None, time.time(), training.step
         while training.step < recipe.steps:
-            loss, norm = training.update()
+            try:
+                loss, norm = training.update()
+            except torch.OutOfMemoryError:
+                raise UserError(f"the GPU's memory is too small for micro-batches of {recipe.micro_batch}: use --micro-batch {max(recipe.micro_batch // 2, 1)}") from None
             step = training.step
             last, asked = step == recipe.steps, bool(caught)
             if processes() > 1:                            # a signal to one process stops all of them, at the next step that is logged
@@ -963,11 +970,24 @@ def loop(training, validate, columns, out, header, flops):
                 if asked and not last:
                     print(f"stopped after step {step:,}, saved in {path}; the same command goes on from there")
                     sys.exit(128 + (caught or [signal.SIGTERM])[0])
-    except torch.OutOfMemoryError:
-        raise UserError(f"the GPU's memory is too small for micro-batches of {recipe.micro_batch}: use --micro-batch {max(recipe.micro_batch // 2, 1)}") from None
+
+
+@contextlib.contextmanager
+def signals_noted():
+    """Within this context Ctrl-C and SIGTERM are noted in a list, so that a run can save before it ends."""
+    noted = []
+    handlers = {number: signal.signal(number, lambda n, _: noted.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def require_same_step(training):
+    """Raise UserError unless all processes stand at the same step: on several machines the run's folder has to be one that all of them see."""
+    if summed(torch.tensor(float(training.step), device=training.device)).item() != training.step * processes():
+        raise UserError("the processes found different checkpoints: let --out be a folder that all machines share")
 
 
 def progress(step, row, training, flops):
