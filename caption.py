@@ -11,6 +11,9 @@ Without a GPU and COCO this happens in the tiny world: pictures of coloured shap
 here, and the decoder of `python train_gpt2.py`. With --data FOLDER (COCO 2017, or your own pictures in its layout) the same code
 joins CLIP ViT-L/14 to GPT-2 124M. A run lives in runs/<world>-<bridge>/: ckpt.pt, best.pt, log.csv, curves.png, grid.png.
 
+Chapters: the eye · the three bridges · the captioner and its layout · vision tokens on disk · two worlds · training a bridge ·
+captions and what they are worth · your own pictures.
+
 Letters beside the code: B batch, T time (tokens), C width of the decoder, S vision tokens, D their width, P prefix, K captions of a picture.
 """
 import contextlib
@@ -676,8 +679,7 @@ def train(name, world, args, blind=False):
         print(f"           val {token:.4f} nats a token, {caption:.3f} a caption", flush=True)
         better, header["best"] = token < header["best"], min(token, header["best"])
         if better and rank() == 0:
-            with fineweb.atomic_write(out / "best.pt") as file:
-                torch.save({"format": train_gpt2.FORMAT, "run": run, "step": training.step, "model": captioner.bridge.state_dict()}, file)
+            train_gpt2.save_checkpoint(out / "best.pt", {"format": train_gpt2.FORMAT, "run": run, "step": training.step, "model": captioner.bridge.state_dict()}, keep=False)
         return {"val_val": token}
 
     train_gpt2.loop(training, validate, ["val_val"], out, header, 0)
@@ -709,7 +711,7 @@ def load_captioner(path, world, grid):
 @torch.no_grad()
 def write_captions(captioner, features, tokenizer, prompts=None, beams=1, batch=250, **options):
     """A caption for each row of features (N, S, D); prompts: N token lists of one length that the captions begin with. Several processes share the rows."""
-    device, mine, texts = next(captioner.bridge.parameters()).device, range(rank(), len(features), processes()), []
+    device, mine, texts, batch = next(captioner.bridge.parameters()).device, range(rank(), len(features), processes()), [], max(1, batch // beams)
     for begin in range(0, len(mine), batch):
         part = list(mine[begin:begin + batch])
         vision = torch.from_numpy(np.asarray(features[part], dtype=np.float32)).to(device)

@@ -10,6 +10,9 @@ GPT-2 from scratch: the model, its training, its samples.
 
 The same command continues a run that was interrupted. A run lives in runs/<preset>/: ckpt.pt, log.csv, curves.png, samples.txt.
 
+Chapters: the model (all of GPT-2) · OpenAI's weights · data · recipes · the machine · evaluation · a run's folder · the training run ·
+how fast is it here · commands. caption.py trains its bridges in the same loop.
+
 Letters beside the code: B batch, T time (tokens), C width, nh heads, hs head size, V vocabulary, P prefix.
 GPT-2: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; the recipe: Brown et al. 2020 (GPT-3), appendix B.
 """
@@ -180,7 +183,6 @@ class GPT(nn.Module):
         """Hidden states (B, T, C) to logits (B, T, V), with the token table as the head."""
         return F.linear(h, self.wte.weight)
 
-    @torch.compiler.disable                                # one clean border in a compiled model: what follows gains nothing from being traced
     def loss(self, h, targets, reduction="mean"):
         """Cross-entropy in nats of targets (B, T) given hidden states (B, T, C); targets of -100 do not count.
 
@@ -536,6 +538,7 @@ def compiled(model, device):
         return model
     try:
         torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
+        model.loss = torch.compiler.disable(model.loss)    # it keeps gradients in the context, which cannot be traced
         return torch.compile(model)
     except (RuntimeError, ImportError, OSError) as error:
         print(f"not compiled: no working compiler here ({type(error).__name__}); training goes on, slower")
@@ -609,17 +612,18 @@ def context_use(model, tokenizer, device, scenes=200):
 FORMAT = 1                       # of ckpt.pt
 
 
-def save_checkpoint(path, checkpoint):
-    """Write a checkpoint of tensors, numbers, strings and dicts; the one before stays as ckpt.prev.pt. A failed write leaves both as they were."""
+def save_checkpoint(path, checkpoint, keep=True):
+    """Write a checkpoint of tensors, numbers, strings and dicts; keep: the one before stays as NAME.prev.pt. A failed write leaves both as they were."""
     path = Path(path)
+    new = path.with_suffix(".new.pt")
     try:
-        with fineweb.atomic_write(path.with_name("ckpt.new.pt")) as file:
+        with fineweb.atomic_write(new) as file:
             torch.save(checkpoint, file)
     except (OSError, RuntimeError) as error:               # torch wraps what the disk says into a RuntimeError
         raise UserError(f"{path} cannot be written ({str(error).splitlines()[0]}): make room; the last good checkpoint is still there") from None
-    if path.exists():
-        os.replace(path, path.with_name("ckpt.prev.pt"))
-    os.replace(path.with_name("ckpt.new.pt"), path)
+    if keep and path.exists():
+        os.replace(path, path.with_suffix(".prev.pt"))
+    os.replace(new, path)
 
 
 def read_checkpoint(path, holds="run"):
@@ -634,7 +638,7 @@ def read_checkpoint(path, holds="run"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         version = checkpoint["format"]
     except (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, RuntimeError, KeyError, EOFError, TypeError, ValueError) as error:        # what a damaged file makes the reader stumble over
-        other = path.with_name("ckpt.prev.pt")
+        other = path.with_suffix(".prev.pt")
         raise UserError(f"{path} is not a checkpoint of this program ({type(error).__name__}): " + (f"rename {other} to it" if other.exists() else "use --restart")) from None
     if version != FORMAT:
         raise UserError(f"{path} has format {version}, this program writes {FORMAT}: use the program that wrote it, or --restart")
