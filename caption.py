@@ -41,7 +41,7 @@ import coco_eval
 import fineweb
 import train_gpt2
 from fineweb import UserError
-from train_gpt2 import MLP, attention, autocast, clock, in_turns, pick_device, positive, processes, rank, share, summed, wait
+from train_gpt2 import MLP, attention, autocast, clock, in_turns, non_negative, pick_device, positive, processes, rank, share, summed, wait
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The eye: what CLIP sees, as tokens
@@ -347,9 +347,12 @@ def cached_features(vision, pictures, folder, split, grid, device):
     S, D = 1 + grid[0] * grid[1], vision(prepare(vision, [Image.new("RGB", (8, 8))]).to(device)).size(-1)
     listing = hashlib.sha256(json.dumps([[p["id"], Path(p["path"]).name] for p in pictures]).encode()).hexdigest()
     about = {"format": 1, "clip": vision.name, "layer": "last but one", "grid": list(grid), "pictures": listing, "shape": [len(pictures), S, D]}
-    found = coco_eval.read_json(header) if header.exists() else {**about, "done": 0, "broken": []}
-    if {key: found.get(key) for key in about} != about:
-        raise UserError(f"{folder} has vision tokens of other pictures, another CLIP or another grid: remove it, and they are computed anew")
+    try:
+        found = coco_eval.read_json(header) if header.exists() else {**about, "done": 0, "broken": []}
+    except UserError:
+        found = None
+    if not isinstance(found, dict) or not {"done", "broken"} <= found.keys() or {key: found.get(key) for key in about} != about:
+        raise UserError(f"{folder} has vision tokens of other pictures, another CLIP or another grid, or is damaged: remove it, and they are computed anew")
     size = 2 * math.prod(about["shape"])
     if not data.exists() or data.stat().st_size != size:
         fineweb.require_space(folder, size)
@@ -562,6 +565,7 @@ class Recipe:
 
 
 LEARNING_RATES = {"linear": (5e-3, 2e-3), "cross": (5e-3, 4e-4), "qformer": (2e-3, 4e-4)}     # highest: in the tiny world, at full size
+LONGEST = 100                    # tokens of a caption; COCO's have 60 at most, and one endless caption would take the memory of all
 GATES = 10                       # their rate is that much higher: a gate has to open before anything behind it can learn
 COCO_CAPTIONS = 591_753          # of train2017
 STEPS, EPOCHS = 1_000, 4         # the tiny world's budget in steps, the full one's in passes over the pictures
@@ -600,7 +604,8 @@ def lay_out(features, captions, pictures, captioner):
 
 
 def encode_captions(pictures, tokenizer, room):
-    """Token ids of each picture's captions, at most `room` of each."""
+    """Token ids of each picture's captions, at most `room` and LONGEST of each."""
+    room = min(room, LONGEST)
     return [[tokenizer.encode_ordinary(clean_caption(caption))[:room] for caption in picture["captions"]] for picture in pictures]
 
 
@@ -943,16 +948,16 @@ def main():
     group.add_argument("--steps", type=positive, help="updates of the bridge, instead of --epochs")
     group.add_argument("--batch", type=positive, help="pictures for each update")
     group.add_argument("--micro-batch", type=positive, help="pictures computed at once: lower it when memory is short")
-    group.add_argument("--lr", type=float, help="highest learning rate")
+    group.add_argument("--lr", type=non_negative, help="highest learning rate")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--restart", action="store_true", help="forget what is in the run's folder")
     group = parser.add_argument_group("captions")
     group.add_argument("--ckpt", metavar="FILE", help="the bridge (default: the run's best.pt)")
     group.add_argument("--num", type=positive, default=1, help="how many captions for each picture, drawn with --temperature and --top-p")
-    group.add_argument("--temperature", type=float, default=0.8)
+    group.add_argument("--temperature", type=non_negative, default=0.8)
     group.add_argument("--top-p", type=share, default=0.9)
     group.add_argument("--beam", type=positive, default=1, metavar="N", help="keep the N best beginnings (default: %(default)s, greedy)")
-    group.add_argument("--length-penalty", type=float, default=1.0, metavar="X", help="a caption of n tokens is worth its log probability / n^X (default: %(default)s)")
+    group.add_argument("--length-penalty", type=non_negative, default=1.0, metavar="X", help="a caption of n tokens is worth its log probability / n^X (default: %(default)s)")
     group.add_argument("--grid", metavar="FILE", help="draw the pictures with their captions")
     args = parser.parse_args()
     train_gpt2.join_processes()

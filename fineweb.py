@@ -14,6 +14,7 @@ The pieces that every file of this project needs stand first: errors, files that
 """
 import argparse
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -50,7 +51,7 @@ def command_line(main):
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
     except OSError as error:                               # a full disk, a read-only folder, a file that is not there
-        print(f"error: {error.filename or 'writing'}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: {error.filename or 'writing'}: {error.strerror or error}: {'make room' if error.errno == errno.ENOSPC else 'check the place, or name another'}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -106,7 +107,7 @@ def require_space(folder, size):
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise UserError(f"{size / 1e9:.1f} GB are needed in {folder} and {free / 1e9:.1f} GB are free: make room, or choose another folder")
+        raise UserError(f"{size / 1e6:,.1f} MB are needed in {folder} and {free / 1e6:,.1f} MB are free: make room, or choose another folder")
 
 
 MIRROR = "GPT2_CAPTION_MIRROR"     # this environment variable replaces https://<host> in every address that is downloaded
@@ -500,7 +501,7 @@ def text_to_shards(paths, folder, val_fraction=0.01, shard_tokens=SHARD_TOKENS):
 
 def _split_single(documents, val_fraction):
     head = list(itertools.islice(documents, 2))
-    if not head:
+    if head in ([], [""]):
         raise UserError("there is no document in these files: name files that have text")
     if len(head) == 1 and val_fraction:
         text = head[0]

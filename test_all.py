@@ -640,7 +640,7 @@ def test_no_network_is_one_line(tmp_path):
 
 
 def test_no_room_is_said_before(tmp_path):
-    with pytest.raises(UserError, match="GB are needed"):
+    with pytest.raises(UserError, match="MB are needed"):
         fineweb.require_space(tmp_path / "not" / "there", 10 ** 18)
 
 
@@ -731,7 +731,7 @@ def test_checkpoints_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="format 0"):
         train_gpt2.load_checkpoint(path)
     path.write_bytes(b"PK\x03\x04 torn")
-    with pytest.raises(UserError, match="--restart"):
+    with pytest.raises(UserError, match="remove it"):
         train_gpt2.load_checkpoint(path)
     (tmp_path / "ckpt.prev.pt").write_bytes(b"")
     with pytest.raises(UserError, match="ckpt.prev.pt"):
@@ -748,6 +748,13 @@ def test_a_flipped_bit_or_a_torn_checkpoint_is_noticed(tmp_path):
         path.write_bytes(body if rng.random() < 0.7 else body[:place])
         with contextlib.suppress(UserError):               # or it does not matter: a date, padding
             assert torch.equal(train_gpt2.read_checkpoint(path)["x"], torch.arange(500.0))
+
+
+def test_a_damaged_log_gives_what_it_can(tmp_path):
+    (tmp_path / "log.csv").write_bytes(b"step,loss\n1,2.5\n2,\xff\x00\n3,1.5\n4")
+    assert train_gpt2.read_log(tmp_path / "log.csv") == [{"step": 1, "loss": 2.5}, {"step": 3, "loss": 1.5}, {"step": 4}]
+    (tmp_path / "log.csv").write_bytes(random.Random(0).randbytes(3000))
+    assert train_gpt2.read_log(tmp_path / "log.csv") == []
 
 
 def test_checkpoints_of_another_kind_are_refused(tmp_path, eye):
@@ -781,16 +788,16 @@ def test_sampling_from_the_command_line(whole):
 
 
 @pytest.mark.parametrize("args, words", [
-    (["--data", "nowhere"], ["nowhere has no shards", "fineweb.py"]),
+    (["--data", "nowhere"], ["nowhere has no shards", "fineweb.py"]), (["--data", "bare"], ["bare has shards without text"]), (["--lr", "nan"], ["--lr"]),
     (["--preset", "tiny", "--batch-tokens", 1000, "--micro-batch", 4], ["768 or 1,024"]),
     (["--preset", "small", "--data", "beyond", "--steps", 2, "--batch-tokens", 256], ["beyond the vocabulary of 50,257"]),
     (["--sample", "x", "--ckpt", "nothing.pt"], ["nothing.pt is not there", "train first"])])
 def test_a_mistake_is_one_line(args, words, tmp_path):
     if "beyond" in args and not REAL.is_dir():
         pytest.skip("needs REAL_DATA, for the GPT-2 vocabulary")
-    (tmp_path / "beyond").mkdir()
-    for file in ("x_train_000001.bin", "x_val_000000.bin"):
-        fineweb.write_shard(tmp_path / "beyond" / file, np.full(600, 60_000))
+    for folder, tokens in (("beyond", np.full(600, 60_000)), ("bare", [])):
+        for file in ("x_train_000001.bin", "x_val_000000.bin"):
+            fineweb.write_shard(tmp_path / folder / file, tokens)
     assert_error(run("train_gpt2.py", *args, cwd=tmp_path), *words)
 
 
@@ -1301,7 +1308,7 @@ def test_coco_is_fetched_unpacked_and_left_alone(server, tmp_path, monkeypatch):
     coco_eval.download_coco(tmp_path)
     assert len(server.ranges) == asked                     # what is there is not fetched again
     monkeypatch.setattr(coco_eval, "ARCHIVES", [("train2017", "zips/train2017.zip", 10 ** 15, "0" * 32)])
-    with pytest.raises(UserError, match="GB are needed"):
+    with pytest.raises(UserError, match="MB are needed"):
         coco_eval.download_coco(tmp_path / "other")
 
 
@@ -1558,6 +1565,10 @@ def test_features_are_computed_once_and_gone_on_with(eye, shapes, tmp_path, monk
     for wrong in ((vision, pictures[:9], (4, 8)), (vision, pictures, (8, 8)), (caption.Vision(vision.visual, vision.preprocess, "other"), pictures, (4, 8))):
         with pytest.raises(UserError, match="other pictures, another CLIP"):
             caption.cached_features(wrong[0], wrong[1], tmp_path / "a", "train", wrong[2], "cpu")
+    for damage in ("", "[]", "{}", '{"format": 1'):
+        (tmp_path / "a/train.json").write_text(damage)
+        with pytest.raises(UserError, match="damaged: remove it"):
+            caption.cached_features(vision, pictures, tmp_path / "a", "train", (4, 8), "cpu")
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     _, good = caption.cached_features(vision, [*pictures[:3], {"id": 77, "path": broken}], tmp_path / "b", "train", (4, 8), "cpu")
@@ -1789,7 +1800,8 @@ def test_a_single_text_is_split_near_its_end(tmp_path):
 
 @pytest.mark.parametrize("name, content, words", [
     ("a.txt", b"\xff\xfe no utf-8", "not UTF-8"), ("a.jsonl", b'{"text": "x"}\n{"txt": 1}\n', "line 2"), ("a.jsonl", b"{torn", "line 1"),
-    ("a.pdf", b"", "neither"), ("a.jsonl", b"\n", "no document")])
+    ("a.pdf", b"", "neither"), ("a.jsonl", b"\n", "no document"),
+    ("a.txt", b"", "no document")])
 def test_unreadable_text_is_refused(name, content, words, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=words):

@@ -29,6 +29,7 @@ import math
 import os
 import pickle
 import random
+import shlex
 import signal
 import sys
 import tempfile
@@ -340,7 +341,7 @@ def is_conv1d(name):
 
 def export_hf(model, tokenizer, folder):
     """Write config.json and model.safetensors such that transformers' AutoModelForCausalLM.from_pretrained(folder) gives the same logits."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
     c, folder = model.config, Path(folder)
     V = c.vocab_size - c.vocab_padding
     tensors = {f"transformer.{name}": (t.T if is_conv1d(name) else t).detach().cpu().contiguous() for name, t in model.state_dict().items()}
@@ -348,10 +349,8 @@ def export_hf(model, tokenizer, folder):
     config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": V, "n_positions": c.block_size, "n_embd": c.n_embd,
               "n_layer": c.n_layer, "n_head": c.n_head, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
               "bos_token_id": tokenizer.eot_token, "eos_token_id": tokenizer.eot_token, "torch_dtype": "float32"}
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".model.safetensors.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    os.replace(temporary, folder / "model.safetensors")
+    with fineweb.atomic_write(folder / "model.safetensors") as file:
+        file.write(save(tensors, metadata={"format": "pt"}))
     with fineweb.atomic_write(folder / "config.json", "w") as file:
         json.dump(config, file, indent=2)
 
@@ -408,8 +407,10 @@ def find_shards(folder):
             val.setdefault(path.name.split("_val_")[0], []).append(path)
     if not train or not val:
         raise UserError(f"{folder} has no shards *_train_*.bin and *_val_*.bin: make them with python fineweb.py (--help tells how)")
-    val = {name: Tokens(paths) for name, paths in val.items()} if len(val) > 1 else {"val": Tokens(*val.values())}
-    return Tokens(train), val
+    train, val = Tokens(train), {name: Tokens(paths) for name, paths in val.items()} if len(val) > 1 else {"val": Tokens(*val.values())}
+    if min(map(len, (train, *val.values()))) < 2:
+        raise UserError(f"{folder} has shards without text: make them again from files that have some")
+    return train, val
 
 
 @functools.lru_cache(maxsize=2)
@@ -620,7 +621,8 @@ def save_checkpoint(path, checkpoint, keep=True):
         with fineweb.atomic_write(new) as file:
             torch.save(checkpoint, file)
     except (OSError, RuntimeError) as error:               # torch wraps what the disk says into a RuntimeError
-        raise UserError(f"{path} cannot be written ({str(error).splitlines()[0]}): make room; the last good checkpoint is still there") from None
+        why = error.strerror if isinstance(error, OSError) else "the disk did not take all of it"
+        raise UserError(f"{path} cannot be written ({why}): make room; what was saved before is still there") from None
     if keep and path.exists():
         os.replace(path, path.with_suffix(".prev.pt"))
     os.replace(new, path)
@@ -639,7 +641,7 @@ def read_checkpoint(path, holds="run"):
         version = checkpoint["format"]
     except (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, RuntimeError, KeyError, EOFError, TypeError, ValueError) as error:        # what a damaged file makes the reader stumble over
         other = path.with_suffix(".prev.pt")
-        raise UserError(f"{path} is not a checkpoint of this program ({type(error).__name__}): " + (f"rename {other} to it" if other.exists() else "use --restart")) from None
+        raise UserError(f"{path} is not a checkpoint of this program ({type(error).__name__}): " + (f"rename {other} to it" if other.exists() else "remove it, and it is made anew")) from None
     if version != FORMAT:
         raise UserError(f"{path} has format {version}, this program writes {FORMAT}: use the program that wrote it, or --restart")
     if holds not in checkpoint:
@@ -677,8 +679,8 @@ def read_log(path):
     """The rows of log.csv as dicts of floats; what is empty or cut off is left out."""
     rows = []
     if Path(path).exists():
-        with open(path, newline="") as file:
-            for row in csv.DictReader(file):
+        with open(path, newline="", errors="replace") as file:
+            for row in csv.DictReader(line.replace("\0", "") for line in file):
                 try:
                     rows.append({key: float(value) for key, value in row.items() if value})
                 except (TypeError, ValueError):            # a line that was not finished when the machine stopped
@@ -873,7 +875,7 @@ def train(args):
     checkpoint = unfinished(out, run) if not args.restart else None
     if checkpoint:
         if checkpoint["step"] >= recipe.steps and is_finished(out):
-            print(f"{out} is finished ({checkpoint['step']:,} steps). To begin anew: --restart; to look at it: python train_gpt2.py --sample \"The \" --ckpt {out / 'ckpt.pt'}")
+            print(f"{out} is finished ({checkpoint['step']:,} steps). To begin anew: --restart; to look at it: python train_gpt2.py --sample \"The \" --ckpt {shlex.quote(str(out / 'ckpt.pt'))}")
             return
     out.mkdir(parents=True, exist_ok=True)
     (out / "samples.txt").unlink(missing_ok=True)          # they come last, and tell that a run is finished
@@ -1025,7 +1027,7 @@ def finish(training, val, tokenizer, out, preset):
     for text in texts:
         print("---", text.strip())
     print(f"---\n{training.seconds:.0f} s of training. {out} has the checkpoint, log.csv, curves.png and samples.txt. Next:")
-    path = f" --ckpt {out / 'ckpt.pt'}" if str(out) != "runs/tiny" else ""
+    path = f" --ckpt {shlex.quote(str(out / 'ckpt.pt'))}" if str(out) != "runs/tiny" else ""
     print(f'  python train_gpt2.py --sample "The "{path}\n  python train_gpt2.py --eval{path}\n  python train_gpt2.py --export-hf gpt2-hf{path}')
 
 
@@ -1159,7 +1161,7 @@ def main(arguments=None):
     group.add_argument("--steps", type=positive, help="updates of the weights")
     group.add_argument("--batch-tokens", type=positive, help="tokens for each update")
     group.add_argument("--micro-batch", type=positive, help="windows computed at once: lower it when memory is short")
-    group.add_argument("--lr", type=float, help="highest learning rate")
+    group.add_argument("--lr", type=non_negative, help="highest learning rate")
     group.add_argument("--eval-every", type=positive, help="steps between evaluations and checkpoints")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--restart", action="store_true", help="forget what is in the run's folder")
@@ -1172,7 +1174,7 @@ def main(arguments=None):
     group.add_argument("--export-hf", metavar="DIR", help="write a folder for transformers")
     group.add_argument("--ckpt", help="a checkpoint, a folder with safetensors, or gpt2, gpt2-medium, gpt2-large, gpt2-xl from OpenAI")
     group.add_argument("--max-new-tokens", type=positive, default=200)
-    group.add_argument("--temperature", type=float, default=0.8)
+    group.add_argument("--temperature", type=non_negative, default=0.8)
     group.add_argument("--top-k", type=positive)
     group.add_argument("--top-p", type=share)
     group.add_argument("--num", type=positive, default=1, help="how many samples")
@@ -1197,6 +1199,14 @@ def share(text):
     value = float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value
+
+
+def non_negative(text):
+    """A number from 0."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
     return value
 
 
