@@ -565,7 +565,7 @@ class Recipe:
 
 
 LEARNING_RATES = {"linear": (5e-3, 2e-3), "cross": (5e-3, 4e-4), "qformer": (2e-3, 4e-4)}     # highest: in the tiny world, at full size
-LONGEST = 100                    # tokens of a caption; COCO's have 60 at most, and one endless caption would take the memory of all
+LONGEST = 100                    # tokens of a caption; those of val2017 have 57 at most, and one endless caption would take the memory of all
 GATES = 10                       # their rate is that much higher: a gate has to open before anything behind it can learn
 COCO_CAPTIONS = 591_753          # of train2017
 STEPS, EPOCHS = 1_000, 4         # the tiny world's budget in steps, the full one's in passes over the pictures
