@@ -1093,6 +1093,43 @@ def test_scores_equal_the_official_ones_on_all_of_val2017(official):
     assert gaps.pop("CIDEr") < 1e-3 and max(gaps.values()) < 3e-4
 
 
+OFFICIAL_SCORES = """
+import json, sys
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.meteor.meteor import Meteor
+from pycocoevalcap.rouge.rouge import Rouge
+from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+references, results = {}, {}
+for entry in json.load(open(sys.argv[1]))["annotations"]:
+    references.setdefault(entry["image_id"], []).append(entry)
+for entry in json.load(open(sys.argv[2])):
+    results[entry["image_id"]] = [entry]
+pair = PTBTokenizer().tokenize(references), PTBTokenizer().tokenize(results)
+for metric in (Bleu(4), Cider(), Rouge(), Meteor()):
+    metric.compute_score(*pair)
+"""
+
+
+@real_data
+@measured
+def test_measured_scoring_beside_the_official_one(official, tmp_path):
+    """The whole process from raw captions in files, ours and the official tokeniser with its four metrics, in turns."""
+    references, candidates = leave_one_out()
+    for pictures in (1_000, 5_000):
+        ids = list(candidates)[:pictures]
+        write_json(tmp_path / "references.json", {"annotations": [{"image_id": id, "caption": c} for id in ids for c in references[id]]})
+        write_json(tmp_path / "results.json", [{"image_id": id, "caption": candidates[id]} for id in ids])
+        files = ["references.json", "results.json"]
+        ways = {"ours": [HERE / "coco_eval.py", "--references", files[0], "--results", files[1]], "official": ["-c", OFFICIAL_SCORES, *files]}
+        seconds = {}
+        for name, command in 2 * list(ways.items()):
+            began = time.time()
+            subprocess.run([sys.executable, *command], cwd=tmp_path, check=True, capture_output=True)
+            seconds[name] = min(seconds.get(name, math.inf), time.time() - began)
+        print(f"\n{pictures:,} pictures: ours {seconds['ours']:.2f} s, official {seconds['official']:.2f} s ({seconds['ours'] / seconds['official']:.2f})")
+
+
 @real_data
 def test_meteor_equals_the_one_without_tables_and_orders_systems_as_the_full_one(official):
     references, people = leave_one_out()
