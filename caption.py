@@ -460,7 +460,8 @@ def open_world(args):
     coco = Path("data/coco")
     full = bool(args.data) or pick_device() == "cuda" and coco.exists() or bool(args.sample) and Path(f"runs/coco-{args.bridge}/best.pt").exists()
     if full:
-        data, clip, lm = Path(args.data or coco), args.clip or "ViT-L-14-quickgelu/openai", args.lm or next(filter(Path.exists, [Path("runs/gpt2/ckpt.pt")]), "gpt2")
+        data, clip, lm = Path(args.data or coco), args.clip or "ViT-L-14-quickgelu/openai", args.lm or ("runs/gpt2/ckpt.pt" if train_gpt2.is_finished("runs/gpt2") else "gpt2")
+        print(f"decoder    {lm}\neye        {clip}", flush=True)
     else:
         data, clip, lm = Path("data/shapes"), args.clip or "runs/tiny-clip/ckpt.pt", args.lm or "runs/tiny/ckpt.pt"
         print("world      tiny: its bridges know coloured shapes only, and see them in photographs too. For photographs:\n"
@@ -509,7 +510,7 @@ def load_clip(which):
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=tag)
     except Exception as error:                             # the hub's client and torch.load raise many kinds
-        raise UserError(f"CLIP {which} cannot be loaded ({str(error).splitlines()[0][:90]}): give the weights as a file, --clip {name}/FILE.safetensors") from None
+        raise UserError(f"CLIP {which} cannot be loaded ({(str(error) or type(error).__name__).splitlines()[0][:90]}): give the weights as a file, --clip {name}/FILE.safetensors") from None
     if not hasattr(getattr(model.visual, "transformer", None), "resblocks"):
         raise UserError(f"--clip {which} is no vision transformer of open_clip: use one, such as ViT-L-14-quickgelu/openai")
     return Vision(model.visual, preprocess, f"{name}/{Path(tag).name} {fingerprint(model.visual)}")

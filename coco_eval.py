@@ -465,7 +465,12 @@ def download_coco(folder):
     """
     folder = Path(folder)
     missing = [archive for archive in ARCHIVES if not (folder / archive[0]).exists()]
-    require_space(folder, sum(size for _, _, size, _ in missing) + max((size for _, _, size, _ in missing), default=0))
+    needed = max((size for _, _, size, _ in missing), default=0)                 # an archive and what is in it at the same time
+    for name, address, size, _ in missing:
+        shutil.rmtree(folder / f"{name}.tmp", ignore_errors=True)
+        here = next((path for path in (folder / Path(address).name, folder / f"{Path(address).name}.part") if path.exists()), None)
+        needed += size - (here.stat().st_size if here else 0)
+    require_space(folder, needed)
     for name, address, size, digest in missing:
         unpack(download(f"{HOST}/{address}", folder / Path(address).name, size, digest), folder, name)
     print(f"COCO 2017 is in {folder}")

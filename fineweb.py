@@ -470,18 +470,17 @@ def _read_parquet(path):
 def text_to_shards(paths, folder, val_fraction=0.01, shard_tokens=SHARD_TOKENS):
     """Tokenise documents with the GPT-2 vocabulary on all cores into shards NAME_{train,val}_NNNNNN.bin; NAME is the folder's.
 
-    Every 1/val_fraction-th document is for validation; a single document is split at a line break near its end instead.
+    Every 1/val_fraction-th document is for validation; where there are not as many, the end of each is, from a line break on.
     The folder appears when it is whole. Returns {"train": tokens, "val": tokens}.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: remove it, or choose another --out")
-    tokenizer = get_tokenizer("gpt2")
+    get_tokenizer("gpt2")                                  # if it cannot be had, that is said at once
     building = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(building, ignore_errors=True)
     shards = {"train": _Shards(building, f"{folder.name}_train", 1, shard_tokens), "val": _Shards(building, f"{folder.name}_val", 0, shard_tokens)}
-    documents = _split_single(read_documents(paths), val_fraction)
-    every = round(1 / val_fraction) if val_fraction else 0
+    documents, every = _split_few(read_documents(paths), round(1 / val_fraction) if val_fraction else 0)
     number, began = 0, time.time()
     with ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:       # Ctrl-C is for us, not for each of them
         for batch in _map_in_order(pool, encode_documents, _batches(documents)):
@@ -499,15 +498,19 @@ def text_to_shards(paths, folder, val_fraction=0.01, shard_tokens=SHARD_TOKENS):
     return {split: writer.total for split, writer in shards.items()}
 
 
-def _split_single(documents, val_fraction):
-    head = list(itertools.islice(documents, 2))
-    if head in ([], [""]):
+def _split_few(documents, every):
+    """The documents; where there are too few for one to be for validation, each is cut at a line break near its end, and `every` is 2."""
+    head = list(itertools.islice(documents, every + 1 if every else 1))
+    if not any(head):
         raise UserError("there is no document in these files: name files that have text")
-    if len(head) == 1 and val_fraction:
-        text = head[0]
-        cut = text.rfind("\n", 0, int(len(text) * (1 - val_fraction))) + 1 or int(len(text) * (1 - val_fraction))
-        head = [text[:cut], text[cut:]]
-    return itertools.chain(head, documents)
+    if not every or len(head) > every:
+        return itertools.chain(head, documents), every
+    halves = []
+    for text in head:
+        at = len(text) * (every - 1) // every
+        cut = text.rfind("\n", 0, at) + 1 or at
+        halves += [text[:cut], text[cut:]]
+    return iter(halves), 2
 
 
 def _batches(documents, characters=1_000_000):

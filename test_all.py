@@ -382,7 +382,7 @@ def test_measured_parts_of_training():
     for way in ("plain", "linear_cross_entropy, fp32", "ours"):                  # a process each: memory is counted by the process
         if hasattr(F, "linear_cross_entropy") or not way.startswith("linear"):
             subprocess.run([sys.executable, "-c", LOSS_OF_THE_HEAD, way], cwd=HERE, check=True)
-    for B, nh, T, hs in ((24, 4, 64, 32), (2, 12, 1024, 64)):
+    for B, nh, T, hs in ((24, 4, 64, 32), (8, 12, 256, 64), (4, 12, 512, 64), (2, 12, 1024, 64)):
         for dtype in (torch.float32, torch.bfloat16):
             q, k, v = (torch.randn(B, T, nh, hs, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3))
             seconds = best_time(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward())
@@ -799,6 +799,14 @@ def test_a_mistake_is_one_line(args, words, tmp_path):
         for file in ("x_train_000001.bin", "x_val_000000.bin"):
             fineweb.write_shard(tmp_path / folder / file, tokens)
     assert_error(run("train_gpt2.py", *args, cwd=tmp_path), *words)
+
+
+def test_curves_of_a_run_that_was_stopped_have_their_validation(tmp_path, monkeypatch):
+    (tmp_path / "log.csv").write_text("step,loss,val_val\n1,3.0,\n10,2.0,2.5\n13,1.9,\n")
+    drawn = []
+    monkeypatch.setattr(train_gpt2, "draw_curves", lambda path, panels: drawn.append(panels))
+    train_gpt2.draw_run(tmp_path)
+    assert drawn[0][0][2] == {"training": ([1, 10, 13], [3.0, 2.0, 1.9]), "validation": ([10], [2.5])}
 
 
 def test_curves_are_drawn(tmp_path):
@@ -1347,6 +1355,15 @@ def test_coco_is_fetched_unpacked_and_left_alone(server, tmp_path, monkeypatch):
     monkeypatch.setattr(coco_eval, "ARCHIVES", [("train2017", "zips/train2017.zip", 10 ** 15, "0" * 32)])
     with pytest.raises(UserError, match="MB are needed"):
         coco_eval.download_coco(tmp_path / "other")
+    (tmp_path / "half/train2017.tmp").mkdir(parents=True)                        # interrupted: 700 of 1,000 bytes are here, so 300 are to come, and 1,000 unpacked
+    (tmp_path / "half/train2017.zip.part").write_bytes(bytes(700))
+    monkeypatch.setattr(coco_eval, "ARCHIVES", [("train2017", "zips/train2017.zip", 1_000, "0" * 32)])
+    asked = []
+    monkeypatch.setattr(coco_eval, "require_space", lambda folder, size: asked.append(size))
+    monkeypatch.setattr(coco_eval, "download", lambda *args: None)
+    monkeypatch.setattr(coco_eval, "unpack", lambda *args: None)
+    coco_eval.download_coco(tmp_path / "half")
+    assert asked == [1_300] and not (tmp_path / "half/train2017.tmp").exists()
 
 
 @pytest.mark.parametrize("body, words", [(archive({"val2017/../../out.txt": "x"}), "leads out"), (archive({"/etc/out.txt": "x"}), "leads out"),
@@ -1827,12 +1844,17 @@ def test_parquet_and_lines_give_the_same_shards(tmp_path):
 
 
 @real_data
-def test_a_single_text_is_split_near_its_end(tmp_path):
-    text = "".join(f"line {i} of a book\n" for i in range(1000))
-    (tmp_path / "book.txt").write_text(text)
-    fineweb.text_to_shards([tmp_path / "book.txt"], tmp_path / "own", val_fraction=0.1)
-    train, val = (fineweb.get_tokenizer("gpt2").decode(fineweb.read_shard(next((tmp_path / "own").glob(f"own_{s}_*")))[1:].tolist()) for s in ("train", "val"))
-    assert train + val == text and train.endswith("\n") and len(val) == pytest.approx(len(text) / 10, rel=0.02)
+@pytest.mark.parametrize("books", [1, 3])
+def test_a_few_texts_are_split_near_their_ends(books, tmp_path):
+    texts = ["".join(f"line {i} of book {book}\n" for i in range(1000)) for book in range(books)]
+    for book, text in enumerate(texts):
+        (tmp_path / f"{book}.txt").write_text(text)
+    fineweb.text_to_shards(sorted(tmp_path.glob("*.txt")), tmp_path / "own_train", val_fraction=0.1)
+    train, val = train_gpt2.find_shards(tmp_path / "own_train")                  # a folder's name does not make its shards training shards
+    assert [path.name for path in train.paths + val["val"].paths] == ["own_train_train_000001.bin", "own_train_val_000000.bin"]
+    parts = [fineweb.get_tokenizer("gpt2").decode(tokens.read(1, len(tokens)).tolist()).split(fineweb.EOT) for tokens in (train, val["val"])]
+    assert [head + end for head, end in zip(*parts)] == texts and all(head.endswith("\n") for head in parts[0])
+    assert [len(end) for end in parts[1]] == pytest.approx([len(text) / 10 for text in texts], rel=0.02)
 
 
 @pytest.mark.parametrize("name, content, words", [
@@ -1842,7 +1864,7 @@ def test_a_single_text_is_split_near_its_end(tmp_path):
 def test_unreadable_text_is_refused(name, content, words, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=words):
-        list(fineweb._split_single(fineweb.read_documents([tmp_path / name]), 0.1))
+        list(fineweb._split_few(fineweb.read_documents([tmp_path / name]), 10)[0])
 
 
 @real_data

@@ -29,6 +29,7 @@ import math
 import os
 import pickle
 import random
+import re
 import shlex
 import signal
 import sys
@@ -110,7 +111,7 @@ class CausalSelfAttention(nn.Module):
 
 def attention(q, k, v, mask=None, is_causal=False):
     """softmax(q kᵀ / √hs) v, fused (FlashAttention on GPUs), so that the (T, T) weights are never stored. Shapes (B, nh, T, hs)."""
-    if q.device.type == "cpu" and q.size(2) < 512:         # there bf16's backward pass is slow on short sequences: 23 ms against 4.6 at T = 64
+    if q.device.type == "cpu" and q.size(2) < 512:         # there bf16's backward pass is slow on short sequences: 7.4 ms against 1.6 at T = 64
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=is_causal)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
@@ -400,11 +401,10 @@ class Tokens:
 
 def find_shards(folder):
     """Tokens of the folder's shards: (for training, {name: for validation}). Raises UserError when either is missing."""
-    files = sorted(path for path in Path(folder).glob("*") if path.suffix in (".bin", ".npy"))
-    train, val = [path for path in files if "_train_" in path.name], {}
-    for path in files:
-        if "_val_" in path.name:
-            val.setdefault(path.name.split("_val_")[0], []).append(path)
+    train, val = [], {}
+    for path in sorted(Path(folder).glob("*")):
+        if found := re.fullmatch(r"(.+)_(train|val)_\d+\.(bin|npy)", path.name):
+            (train if found[2] == "train" else val.setdefault(found[1], [])).append(path)
     if not train or not val:
         raise UserError(f"{folder} has no shards *_train_*.bin and *_val_*.bin: make them with python fineweb.py (--help tells how)")
     train, val = Tokens(train), {name: Tokens(paths) for name, paths in val.items()} if len(val) > 1 else {"val": Tokens(*val.values())}
@@ -518,11 +518,10 @@ def wait():
 
 
 def in_turns(function):
-    """What function() returns: the first process calls it alone, as it may fetch or compute something; the others then find that."""
-    if rank() > 0:
-        wait()
-    result = function()
-    if rank() == 0:
+    """What function() returns, called by one process after the other: the first may fetch or compute something, the others then find it."""
+    for turn in range(processes()):
+        if turn == rank():
+            result = function()
         wait()
     return result
 
@@ -738,7 +737,7 @@ def draw_run(out):
     """runs/<name>/curves.png from its log: training and validation loss."""
     rows = read_log(out / "log.csv")
     lines = {"training": ([r["step"] for r in rows if "loss" in r], [r["loss"] for r in rows if "loss" in r])}
-    for column in [c for c in (rows[-1] if rows else {}) if c.startswith("val_")]:
+    for column in dict.fromkeys(c for row in rows for c in row if c.startswith("val_")):
         lines[column.removeprefix("val_").replace("val", "validation")] = ([r["step"] for r in rows if column in r], [r[column] for r in rows if column in r])
     panels, measured = [("loss, nats per token", "step", lines)], [r for r in rows if "hellaswag" in r]
     if measured:
@@ -757,7 +756,7 @@ def choose_world(args):
     """(preset, data folder): as the flags say, else the 124M where there are a GPU and its data, else what a CPU can carry."""
     full = Path("data/fineweb_edu")
     if args.preset is None:
-        on_gpu = pick_device() == "cuda" and (args.data or full.exists())
+        on_gpu = pick_device() == "cuda" and (args.data or full.exists()) and len(find_shards(args.data or full)[0]) >= 100e6         # a book is too little for the 124M
         args.preset = "gpt2" if on_gpu else "small" if args.data else "tiny"
         if args.preset == "tiny":
             why = f"no shards in {full}" if pick_device() == "cuda" else "no GPU here"
@@ -796,7 +795,8 @@ class Updates:
         self.optimizer = make_optimizer(model, recipe)
         self.step, self.seconds = 0, 0.0
         self.skipped, self.streak, self.worst = (torch.zeros((), device=device) for _ in range(3))
-        self.thread, self.ahead = ThreadPoolExecutor(1), None
+        on_this_gpu = {"initializer": torch.cuda.set_device, "initargs": (torch.cuda.current_device(),)} if device == "cuda" else {}
+        self.thread, self.ahead = ThreadPoolExecutor(1, **on_this_gpu), None
 
     def update(self):
         """One step; returns its loss and gradient norm, still on the device, so that nobody waits for them.
@@ -885,8 +885,11 @@ def train(args):
     training = Training(model, recipe, tokens, args.seed, device)
     if checkpoint:
         training.restore(checkpoint)
+        del checkpoint                                     # as large as weights and optimizer
     describe(preset, data, out, device, model, recipe, tokens, training.step)
     examples = in_turns(items_for_training) if recipe.hellaswag else None
+    if summed(torch.tensor(float(examples is None), device=device)).item():      # all measure it or none, or they would wait for each other
+        examples = None
 
     def validate():
         scores = {name: validation_loss(model, shards, tokenizer, recipe.eval_tokens, recipe.micro_batch, device) for name, shards in val.items()}
@@ -900,7 +903,7 @@ def train(args):
 
     loop(training, validate, [*(f"val_{name}" for name in val), "hellaswag"], out, {"config": asdict(config), "run": run}, flops_per_token(config))
     if rank() == 0:
-        finish(training, val, tokenizer, out, preset)
+        finish(training, tokenizer, out, preset, f" --data {shlex.quote(str(args.data))}" if args.data else "")
 
 
 def unfinished(out, run):
@@ -943,6 +946,9 @@ def loop(training, validate, columns, out, header, flops):
     recipe, path, columns = training.recipe, out / "ckpt.pt", ["step", "loss", "lr", "norm", "skipped", *columns, f"{training.unit}_per_second", "seconds"]
     require_same_step(training)
     with fineweb.only_one(out) if rank() == 0 else contextlib.nullcontext(), signals_noted() as caught:
+        for torn in out.glob(".*.tmp") if rank() == 0 else ():                   # what a kill in the middle of writing has left
+            torn.unlink()
+        noted = torch.zeros((), device=training.device)
         log, began, first = Log(out / "log.csv", columns, training.step) if rank() == 0 else None, time.time(), training.step
         while training.step < recipe.steps:
             try:
@@ -951,8 +957,9 @@ def loop(training, validate, columns, out, header, flops):
                 raise UserError(f"the GPU's memory is too small for micro-batches of {recipe.micro_batch}: use --micro-batch {max(recipe.micro_batch // 2, 1)}") from None
             step = training.step
             last, asked = step == recipe.steps, bool(caught)
-            if processes() > 1:                            # a signal to one process stops all of them, at the next step that is logged
-                asked = step % recipe.log_every == 0 and summed(torch.tensor(float(asked), device=training.device)).item() > 0
+            if processes() > 1:                            # a signal to one stops all, at the same step: each looks at what all had noted a step ago
+                noted, before = summed(torch.tensor(float(asked), device=training.device)), noted
+                asked = before.item() > 0
             row = {}
             if step % recipe.log_every == 0 or step % recipe.eval_every == 0 or step == 1 or last or asked:
                 row = {"loss": loss.item(), "lr": learning_rate(step - 1, recipe), "norm": norm.item(), "skipped": int(training.skipped)}
@@ -1009,7 +1016,7 @@ def clock(seconds):
     return f"{seconds / 3600:,.1f} h" if seconds > 5400 else f"{int(seconds // 60)}:{int(seconds % 60):02d}"
 
 
-def finish(training, val, tokenizer, out, preset):
+def finish(training, tokenizer, out, preset, data):
     """What the run has come to: how well the context is used, samples, and where to go from here."""
     model = training.raw.eval()
     if preset == "tiny":
@@ -1027,8 +1034,8 @@ def finish(training, val, tokenizer, out, preset):
     for text in texts:
         print("---", text.strip())
     print(f"---\n{training.seconds:.0f} s of training. {out} has the checkpoint, log.csv, curves.png and samples.txt. Next:")
-    path = f" --ckpt {shlex.quote(str(out / 'ckpt.pt'))}" if str(out) != "runs/tiny" else ""
-    print(f'  python train_gpt2.py --sample "The "{path}\n  python train_gpt2.py --eval{path}\n  python train_gpt2.py --export-hf gpt2-hf{path}')
+    path = f" --ckpt {shlex.quote(str(out / 'ckpt.pt'))}" if out.as_posix() != "runs/tiny" else ""
+    print(f'  python train_gpt2.py --sample "The "{path}\n  python train_gpt2.py --eval{path}{data}\n  python train_gpt2.py --export-hf gpt2-hf{path}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1045,7 +1052,7 @@ def bench(args):
           f"{'bf16 products' if autocast(device)._enabled else 'fp32'}, context {config.block_size}", flush=True)
     for size in sizes:
         try:
-            rate, memory = measure(config, recipe, size, args.batch_tokens or size * config.block_size * processes(), device)
+            rate, memory = measure(config, recipe, size, args.batch_tokens or (4 if device == "cuda" else 1) * size * config.block_size * processes(), device)
         except torch.OutOfMemoryError:
             print(f"micro-batch {size:>3}: does not fit into the GPU's memory")
             break
@@ -1058,7 +1065,8 @@ def measure(config, recipe, micro_batch, batch_tokens, device, seconds=10):
     """(tokens/s, peak bytes) of training steps, after three to warm up."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
-    with tempfile.TemporaryDirectory() as folder:
+    torch.compiler.reset()                                 # a size of its own for each call, as a run has only one
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:      # Windows keeps what is mapped
         fineweb.write_shard(Path(folder) / "random_train_000001.bin", np.random.default_rng(0).integers(0, config.vocab_size - config.vocab_padding, 4 * batch_tokens + 1))
         tokens = Tokens([Path(folder) / "random_train_000001.bin"])
         training = Training(GPT(config).to(device), dataclasses.replace(recipe, batch_tokens=batch_tokens, micro_batch=micro_batch), tokens, 0, device)
@@ -1129,7 +1137,7 @@ def sample(args):
 def evaluate(args):
     """Print the validation losses of a checkpoint, and its accuracies on HellaSwag."""
     path = newest_checkpoint(args)
-    model, tokenizer, checkpoint = load_checkpoint(path)
+    model, tokenizer, checkpoint = in_turns(lambda: load_checkpoint(path))
     device, preset = pick_device(), checkpoint.get("run", {}).get("preset", "gpt2")
     model.to(device)
     data = Path(args.data or ("data/tiny" if preset == "tiny" else "data/fineweb_edu"))
