@@ -111,7 +111,7 @@ class CausalSelfAttention(nn.Module):
 
 def attention(q, k, v, mask=None, is_causal=False):
     """softmax(q kᵀ / √hs) v, fused (FlashAttention on GPUs), so that the (T, T) weights are never stored. Shapes (B, nh, T, hs)."""
-    if q.device.type == "cpu" and q.size(2) < 512:         # there bf16's backward pass is slow on short sequences: 7.4 ms against 1.6 at T = 64
+    if q.device.type == "cpu" and q.size(2) < 512:         # there bf16's backward pass is slow on short sequences: 8.7 ms against 1.8 at T = 64
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=is_causal)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
