@@ -394,7 +394,8 @@ def fill(features, found, vision, pictures, grid, device, header):
                 saved = time.time()
             rate = (found["done"] - first) / (time.time() - began)
             if last or begin // CHUNK % 16 == 0:
-                print(f"\rvision tokens: {found['done']:,} of {len(pictures):,} pictures  {rate:,.0f} pictures/s  {clock((len(pictures) - found['done']) / rate)} left ", end="", flush=True)
+                left = clock((len(pictures) - found["done"]) / rate)
+                print(f"\rvision tokens: {found['done']:,} of {len(pictures):,} pictures  {rate:,.0f} pictures/s  {left} left ", end="", flush=True)
     print()
 
 
@@ -460,7 +461,8 @@ def open_world(args):
     coco = Path("data/coco")
     full = bool(args.data) or pick_device() == "cuda" and coco.exists() or bool(args.sample) and Path(f"runs/coco-{args.bridge}/best.pt").exists()
     if full:
-        data, clip, lm = Path(args.data or coco), args.clip or "ViT-L-14-quickgelu/openai", args.lm or ("runs/gpt2/ckpt.pt" if train_gpt2.is_finished("runs/gpt2") else "gpt2")
+        data, clip = Path(args.data or coco), args.clip or "ViT-L-14-quickgelu/openai"
+        lm = args.lm or ("runs/gpt2/ckpt.pt" if train_gpt2.is_finished("runs/gpt2") else "gpt2")
         print(f"decoder    {lm}\neye        {clip}", flush=True)
     else:
         data, clip, lm = Path("data/shapes"), args.clip or "runs/tiny-clip/ckpt.pt", args.lm or "runs/tiny/ckpt.pt"
@@ -510,7 +512,8 @@ def load_clip(which):
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=tag)
     except Exception as error:                             # the hub's client and torch.load raise many kinds
-        raise UserError(f"CLIP {which} cannot be loaded ({(str(error) or type(error).__name__).splitlines()[0][:90]}): give the weights as a file, --clip {name}/FILE.safetensors") from None
+        why = (str(error) or type(error).__name__).splitlines()[0][:90]
+        raise UserError(f"CLIP {which} cannot be loaded ({why}): give the weights as a file, --clip {name}/FILE.safetensors") from None
     if not hasattr(getattr(model.visual, "transformer", None), "resblocks"):
         raise UserError(f"--clip {which} is no vision transformer of open_clip: use one, such as ViT-L-14-quickgelu/openai")
     return Vision(model.visual, preprocess, f"{name}/{Path(tag).name} {fingerprint(model.visual)}")
@@ -541,7 +544,8 @@ def train_clip(data, path, seed=0):
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
         if step % 50 == 49:
-            print(f"\rtiny CLIP: step {step + 1} of {recipe.steps} | loss {loss.item():.3f} | {clock((recipe.steps - step - 1) * (time.time() - began) / (step + 1))} left ", end="", flush=True)
+            left = clock((recipe.steps - step - 1) * (time.time() - began) / (step + 1))
+            print(f"\rtiny CLIP: step {step + 1} of {recipe.steps} | loss {loss.item():.3f} | {left} left ", end="", flush=True)
     print()
     train_gpt2.save_checkpoint(path, {"format": train_gpt2.FORMAT, "clip": TINY_CLIP, "model": model.state_dict()})
 
@@ -678,7 +682,8 @@ def train(name, world, args, blind=False):
         training.restore(checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     (out / "scores.json").unlink(missing_ok=True)          # they come last, and tell that a run is finished
-    print(f"bridge     {name}{', blind' * blind}: {sum(p.numel() for p in captioner.bridge.parameters()):,} trainable parameters, {recipe.steps:,} steps of {recipe.batch} pictures, in {out}", flush=True)
+    parameters = sum(p.numel() for p in captioner.bridge.parameters())
+    print(f"bridge     {name}{', blind' * blind}: {parameters:,} trainable parameters, {recipe.steps:,} steps of {recipe.batch} pictures, in {out}", flush=True)
 
     def validate():
         token, caption = caption_loss(captioner, val_features, seen, device)
@@ -858,7 +863,8 @@ def bench(world, args, seconds=8):
         packed = encode_captions(pictures, world.tokenizer, world.decoder.config.block_size - captioner.bridge.P)
         single, recipe, rates = [picture[:1] for picture in packed], choose_recipe(name, world, len(pictures), args), {}
         print(f"{name}: {sum(p.numel() for p in captioner.bridge.parameters()):,} trainable parameters, {recipe.batch} pictures a step")
-        for way, tokens, captions in (("CLIP in the loop", Live(world.vision, pictures, grid, device), single), ("cached", features, single), ("cached, packed", features, packed)):
+        live = Live(world.vision, pictures, grid, device)
+        for way, tokens, captions in (("CLIP in the loop", live, single), ("cached", features, single), ("cached, packed", features, packed)):
             training = BridgeTraining(captioner, recipe, tokens, captions, args.seed, device)
             training.update()[0].item()                    # to warm up
             began, steps = time.time(), 0

@@ -51,7 +51,8 @@ def command_line(main):
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
     except OSError as error:                               # a full disk, a read-only folder, a file that is not there
-        print(f"error: {error.filename or 'writing'}: {error.strerror or error}: {'make room' if error.errno == errno.ENOSPC else 'check the place, or name another'}", file=sys.stderr)
+        what_to_do = "make room" if error.errno == errno.ENOSPC else "check the place, or name another"
+        print(f"error: {error.filename or 'writing'}: {error.strerror or error}: {what_to_do}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -592,8 +593,8 @@ def _list_hub(folder):
     """{name of a shard: (its size in bytes, its SHA-256 if the hub tells)}."""
     url = f"{HUB}/api/datasets/{FINEWEB}/tree/main"
     try:
-        entries = request(url).json()
-        return {entry["path"]: (int(entry["size"]), entry.get("lfs", {}).get("oid")) for entry in sorted(entries, key=lambda e: e["path"]) if entry["path"].endswith(".bin")}
+        shards = sorted((entry for entry in request(url).json() if entry["path"].endswith(".bin")), key=lambda entry: entry["path"])
+        return {shard["path"]: (int(shard["size"]), shard.get("lfs", {}).get("oid")) for shard in shards}
     except (requests.RequestException, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{url} gives no list of shards ({type(error).__name__}): check the network, or put the .bin files of "
                         f"{HUB}/datasets/{FINEWEB} into {folder} yourself") from None

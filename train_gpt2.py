@@ -638,9 +638,10 @@ def read_checkpoint(path, holds="run"):
                 raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         version = checkpoint["format"]
-    except (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, RuntimeError, KeyError, EOFError, TypeError, ValueError) as error:        # what a damaged file makes the reader stumble over
-        other = path.with_suffix(".prev.pt")
-        raise UserError(f"{path} is not a checkpoint of this program ({type(error).__name__}): " + (f"rename {other} to it" if other.exists() else "remove it, and it is made anew")) from None
+    except (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, RuntimeError, KeyError, EOFError, TypeError, ValueError) as error:
+        other = path.with_suffix(".prev.pt")               # these are what a damaged file makes the reader stumble over
+        what_to_do = f"rename {other} to it" if other.exists() else "remove it, and it is made anew"
+        raise UserError(f"{path} is not a checkpoint of this program ({type(error).__name__}): {what_to_do}") from None
     if version != FORMAT:
         raise UserError(f"{path} has format {version}, this program writes {FORMAT}: use the program that wrote it, or --restart")
     if holds not in checkpoint:
@@ -741,8 +742,8 @@ def draw_run(out):
         lines[column.removeprefix("val_").replace("val", "validation")] = ([r["step"] for r in rows if column in r], [r[column] for r in rows if column in r])
     panels, measured = [("loss, nats per token", "step", lines)], [r for r in rows if "hellaswag" in r]
     if measured:
-        steps = [r["step"] for r in measured]
-        panels.append(("HellaSwag, acc_norm by token mean", "step", {"this run": (steps, [r["hellaswag"] for r in measured]), "OpenAI's 124M": (steps, [0.2955] * len(steps))}))
+        steps, shares = [r["step"] for r in measured], [r["hellaswag"] for r in measured]
+        panels.append(("HellaSwag, acc_norm by token mean", "step", {"this run": (steps, shares), "OpenAI's 124M": (steps, [0.2955] * len(steps))}))
     draw_curves(out / "curves.png", panels)
 
 
@@ -756,7 +757,8 @@ def choose_world(args):
     """(preset, data folder): as the flags say, else the 124M where there are a GPU and its data, else what a CPU can carry."""
     full = Path("data/fineweb_edu")
     if args.preset is None:
-        on_gpu = pick_device() == "cuda" and (args.data or full.exists()) and len(find_shards(args.data or full)[0]) >= 100e6         # a book is too little for the 124M
+        on_gpu = pick_device() == "cuda" and (args.data or full.exists())
+        on_gpu = on_gpu and len(find_shards(args.data or full)[0]) >= 100e6      # a book is too little for the 124M
         args.preset = "gpt2" if on_gpu else "small" if args.data else "tiny"
         if args.preset == "tiny":
             why = f"no shards in {full}" if pick_device() == "cuda" else "no GPU here"
@@ -782,7 +784,9 @@ def choose_recipe(args, config, preset):
     unit = T * micro * processes()
     if recipe.batch_tokens % unit:
         low, high = recipe.batch_tokens // unit * unit, -(-recipe.batch_tokens // unit) * unit
-        raise UserError(f"--batch-tokens {recipe.batch_tokens:,} is no multiple of {micro} windows of {T} tokens{f' on {processes()} processes' if processes() > 1 else ''}: take {f'{low:,} or ' if low else ''}{high:,}, or another --micro-batch")
+        several = f" on {processes()} processes" if processes() > 1 else ""
+        raise UserError(f"--batch-tokens {recipe.batch_tokens:,} is no multiple of {micro} windows of {T} tokens{several}: "
+                        f"take {f'{low:,} or ' if low else ''}{high:,}, or another --micro-batch")
     return dataclasses.replace(recipe, micro_batch=micro)
 
 
@@ -875,7 +879,8 @@ def train(args):
     checkpoint = unfinished(out, run) if not args.restart else None
     if checkpoint:
         if checkpoint["step"] >= recipe.steps and is_finished(out):
-            print(f"{out} is finished ({checkpoint['step']:,} steps). To begin anew: --restart; to look at it: python train_gpt2.py --sample \"The \" --ckpt {shlex.quote(str(out / 'ckpt.pt'))}")
+            print(f"{out} is finished ({checkpoint['step']:,} steps). To begin anew: --restart; to look at it: "
+                  f'python train_gpt2.py --sample "The " --ckpt {shlex.quote(str(out / "ckpt.pt"))}')
             return
     out.mkdir(parents=True, exist_ok=True)
     (out / "samples.txt").unlink(missing_ok=True)          # they come last, and tell that a run is finished
@@ -935,7 +940,8 @@ def describe(preset, data, out, device, model, recipe, tokens, step):
     print(f"model      {preset}: {sum(p.numel() for p in model.parameters()):,} parameters ({c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, context {T})")
     several = f"{processes()} processes × " if processes() > 1 else ""
     print(f"step       {recipe.batch_tokens:,} tokens = {several}{recipe.batch_tokens // T // recipe.micro_batch // processes()} micro-batches of {recipe.micro_batch} × {T}")
-    print(f"run        {out}: {recipe.steps:,} steps, {recipe.steps * recipe.batch_tokens / max(len(tokens), 1):.1f} epochs{f'; going on after step {step:,}' if step else ''}", flush=True)
+    epochs, continued = recipe.steps * recipe.batch_tokens / len(tokens), f"; going on after step {step:,}" if step else ""
+    print(f"run        {out}: {recipe.steps:,} steps, {epochs:.1f} epochs{continued}", flush=True)
 
 
 def loop(training, validate, columns, out, header, flops):
@@ -1008,7 +1014,8 @@ def progress(step, row, training, flops):
     steps, rate = training.recipe.steps, row[f"{training.unit}_per_second"]
     left = (steps - step) * training.per_step / rate
     skipped = f" | skipped {row['skipped']}" if row["skipped"] else ""
-    return f"step {step:>6,} of {steps:,} | loss {row['loss']:7.4f} | lr {row['lr']:.2e} | norm {row['norm']:5.2f} | {rate:9,.0f} {training.unit}/s{mfu(rate, flops, training.device)}{skipped} | {clock(left)} left"
+    return (f"step {step:>6,} of {steps:,} | loss {row['loss']:7.4f} | lr {row['lr']:.2e} | norm {row['norm']:5.2f} | "
+            f"{rate:9,.0f} {training.unit}/s{mfu(rate, flops, training.device)}{skipped} | {clock(left)} left")
 
 
 def clock(seconds):
@@ -1027,7 +1034,8 @@ def finish(training, tokenizer, out, preset, data):
     for prompt in prompts:
         idx = torch.tensor([[tokenizer.eot_token, *tokenizer.encode_ordinary(prompt)]], device=training.device)
         generator = torch.Generator(training.device).manual_seed(0)
-        row = model.generate(idx, min(model.config.block_size - idx.size(1), 200), temperature=0.8, top_k=50, stop=tokenizer.eot_token, generator=generator)[0, 1:].tolist()
+        room = min(model.config.block_size - idx.size(1), 200)
+        row = model.generate(idx, room, temperature=0.8, top_k=50, stop=tokenizer.eot_token, generator=generator)[0, 1:].tolist()
         texts.append(tokenizer.decode([token for token in row if token != tokenizer.eot_token], errors="replace"))
     with fineweb.atomic_write(out / "samples.txt", "w", encoding="utf-8") as file:
         file.write(f"after step {training.step:,}\n" + "".join(f"\n--- {text}\n" for text in texts))
@@ -1048,7 +1056,8 @@ def bench(args):
     preset = args.preset or ("gpt2" if device == "cuda" else "tiny")
     config, recipe = PRESETS[preset], RECIPES[preset]
     sizes = [args.micro_batch] if args.micro_batch else [4, 8, 16, 32, 64] if device == "cuda" else [recipe.micro_batch]
-    print(f"{preset}: {processes()} process{'es' if processes() > 1 else ''} on {torch.cuda.get_device_name() if device == 'cuda' else f'{torch.get_num_threads()} CPU threads'}, "
+    machine = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{preset}: {processes()} process{'es' if processes() > 1 else ''} on {machine}, "
           f"{'bf16 products' if autocast(device)._enabled else 'fp32'}, context {config.block_size}", flush=True)
     for size in sizes:
         try:
@@ -1067,8 +1076,9 @@ def measure(config, recipe, micro_batch, batch_tokens, device, seconds=10):
     torch.set_float32_matmul_precision("high")
     torch.compiler.reset()                                 # a size of its own for each call, as a run has only one
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:      # Windows keeps what is mapped
-        fineweb.write_shard(Path(folder) / "random_train_000001.bin", np.random.default_rng(0).integers(0, config.vocab_size - config.vocab_padding, 4 * batch_tokens + 1))
-        tokens = Tokens([Path(folder) / "random_train_000001.bin"])
+        shard, vocab = Path(folder) / "random_train_000001.bin", config.vocab_size - config.vocab_padding
+        fineweb.write_shard(shard, np.random.default_rng(0).integers(0, vocab, 4 * batch_tokens + 1))
+        tokens = Tokens([shard])
         training = Training(GPT(config).to(device), dataclasses.replace(recipe, batch_tokens=batch_tokens, micro_batch=micro_batch), tokens, 0, device)
         for _ in range(3):
             training.update()[0].item()
