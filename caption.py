@@ -867,12 +867,9 @@ def bench(world, args, seconds=8):
         for way, tokens, captions in (("CLIP in the loop", live, single), ("cached", features, single), ("cached, packed", features, packed)):
             training = BridgeTraining(captioner, recipe, tokens, captions, args.seed, device)
             training.update()[0].item()                    # to warm up
-            began, steps = time.time(), 0
-            while summed(torch.tensor(float(time.time() - began < seconds), device=device)).item() == processes():
-                training.update()[0].item()
-                steps += 1
-            rates[way] = steps * training.per_step / (time.time() - began)
-            print(f"  {way:16}  {steps * recipe.batch / (time.time() - began):9,.1f} pictures/s  {rates[way]:9,.1f} captions/s  {rates[way] / rates['CLIP in the loop']:6.1f} times"
+            rate = train_gpt2.steps_per_second(training, seconds)
+            rates[way] = rate * training.per_step
+            print(f"  {way:16}  {rate * recipe.batch:9,.1f} pictures/s  {rates[way]:9,.1f} captions/s  {rates[way] / rates['CLIP in the loop']:6.1f} times"
                   f"  an epoch of COCO's {COCO_CAPTIONS:,} captions: {clock(COCO_CAPTIONS / rates[way])}", flush=True)
             training.thread.shutdown()
 

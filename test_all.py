@@ -1798,6 +1798,22 @@ def test_a_signal_to_one_process_stops_all_and_one_goes_on(tiny, tmp_path):
     assert torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["step"] == stopped + 3
 
 
+def test_benches_measure_what_they_print(eye, shapes, whole, tmp_path, monkeypatch, capsys):
+    steps, update = [], train_gpt2.Updates.update
+    monkeypatch.setattr(train_gpt2.Updates, "update", lambda self: steps.append(self) or update(self))
+    rate, memory = train_gpt2.measure(SMALL, train_gpt2.RECIPES["tiny"], 2, 64, "cpu", seconds=0)
+    assert rate > 0 and memory > 1e7 and len(steps) == 6   # three to warm up, three that count
+    monkeypatch.chdir(tmp_path)
+    args = train_gpt2.argparse.Namespace(data=shapes, clip=eye, lm=whole[0] / "run/ckpt.pt", grid_size="4x8", batch=4, steps=1, epochs=None, micro_batch=None, lr=None, seed=0,
+                                         bridge=None, sample=None)
+    caption.bench(caption.open_world(args), args, seconds=0)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "captions/s" in line]
+    assert len(lines) == 9 and len(steps) == 6 + 9 * 4
+    for words in lines:                                    # five captions of a picture where they are packed, one otherwise
+        pictures, captions = (float(words[words.index(unit) - 1].replace(",", "")) for unit in ("pictures/s", "captions/s"))
+        assert captions / pictures == pytest.approx(5 if "packed" in words else 1, rel=0.02)
+
+
 def test_torchrun_trains_and_scores_a_bridge_as_one_process_does(captions_run, tmp_path):
     flags, folder, _ = captions_run
     process = subprocess.run(torchrun("caption.py", *flags, cwd=tmp_path), cwd=tmp_path, capture_output=True, text=True, timeout=240)

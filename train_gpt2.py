@@ -951,10 +951,10 @@ def loop(training, validate, columns, out, header, flops):
     """
     recipe, path, columns = training.recipe, out / "ckpt.pt", ["step", "loss", "lr", "norm", "skipped", *columns, f"{training.unit}_per_second", "seconds"]
     require_same_step(training)
-    with fineweb.only_one(out) if rank() == 0 else contextlib.nullcontext(), signals_noted() as caught:
+    with fineweb.only_one(out) if rank() == 0 else contextlib.nullcontext(), signals_noted() as signals:
         for torn in out.glob(".*.tmp") if rank() == 0 else ():                   # what a kill in the middle of writing has left
             torn.unlink()
-        noted = torch.zeros((), device=training.device)
+        stops = torch.zeros((), device=training.device)    # how many processes had a signal, a step ago
         log, began, first = Log(out / "log.csv", columns, training.step) if rank() == 0 else None, time.time(), training.step
         while training.step < recipe.steps:
             try:
@@ -962,9 +962,9 @@ def loop(training, validate, columns, out, header, flops):
             except torch.OutOfMemoryError:
                 raise UserError(f"the GPU's memory is too small for micro-batches of {recipe.micro_batch}: use --micro-batch {max(recipe.micro_batch // 2, 1)}") from None
             step = training.step
-            last, asked = step == recipe.steps, bool(caught)
-            if processes() > 1:                            # a signal to one stops all, at the same step: each looks at what all had noted a step ago
-                noted, before = summed(torch.tensor(float(asked), device=training.device)), noted
+            last, asked = step == recipe.steps, bool(signals)
+            if processes() > 1:                            # a signal to one stops all at the same step: a step later, so that nobody waits for the sum
+                stops, before = summed(torch.tensor(float(asked), device=training.device)), stops
                 asked = before.item() > 0
             row = {}
             if step % recipe.log_every == 0 or step % recipe.eval_every == 0 or step == 1 or last or asked:
@@ -988,7 +988,7 @@ def loop(training, validate, columns, out, header, flops):
                 began = time.time()
                 if asked and not last:
                     print(f"stopped after step {step:,}, saved in {path}; the same command goes on from there")
-                    sys.exit(128 + (caught or [signal.SIGTERM])[0])
+                    sys.exit(128 + (signals or [signal.SIGTERM])[0])
 
 
 @contextlib.contextmanager
@@ -1084,15 +1084,20 @@ def measure(config, recipe, micro_batch, batch_tokens, device, seconds=10):
             training.update()[0].item()
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        began, steps = time.time(), 0
-        while steps < 3 or summed(torch.tensor(float(time.time() - began < seconds), device=device)).item() == processes():
-            for _ in range(3):                             # wait for the device now and then only, as training does
-                loss, _ = training.update()
-            loss.item()
-            steps += 3
-        rate = steps * batch_tokens / (time.time() - began)
+        rate = batch_tokens * steps_per_second(training, seconds)
         training.thread.shutdown()
     return rate, torch.cuda.max_memory_allocated() if device == "cuda" else peak_memory()
+
+
+def steps_per_second(training, seconds):
+    """How fast training.update() is, over so many seconds at least, on all processes alike."""
+    began, steps = time.time(), 0
+    while not steps or summed(torch.tensor(float(time.time() - began < seconds), device=training.device)).item() == processes():
+        for _ in range(3):                                 # wait for the device now and then only, as training does
+            loss, _ = training.update()
+        loss.item()
+        steps += 3
+    return steps / (time.time() - began)
 
 
 def peak_memory():
