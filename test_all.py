@@ -1814,6 +1814,19 @@ def test_benches_measure_what_they_print(eye, shapes, whole, tmp_path, monkeypat
         assert captions / pictures == pytest.approx(5 if "packed" in words else 1, rel=0.02)
 
 
+def test_steps_per_second_counts_steps_and_seconds(monkeypatch):
+    class Counting:
+        device, steps = "cpu", 0
+
+        def update(self):
+            self.steps += 1
+            return torch.zeros(()), None
+
+    training = Counting()
+    monkeypatch.setattr(train_gpt2, "time", train_gpt2.argparse.Namespace(time=itertools.count().__next__))           # a second for each look at the clock
+    assert train_gpt2.steps_per_second(training, 2) == training.steps / 3 == 2
+
+
 def test_torchrun_trains_and_scores_a_bridge_as_one_process_does(captions_run, tmp_path):
     flags, folder, _ = captions_run
     process = subprocess.run(torchrun("caption.py", *flags, cwd=tmp_path), cwd=tmp_path, capture_output=True, text=True, timeout=240)
