@@ -1,22 +1,25 @@
 """
-Pictures in words: a frozen CLIP and a frozen GPT-2, joined by a small bridge that is all that is trained.
+Pictures in words: a frozen CLIP and a frozen GPT-2, joined by a small bridge that is trained.
 
-    python caption.py --bridge linear --sample img.jpg [more.jpg | FOLDER …]      caption pictures; trains what is missing (5 minutes on a laptop)
-    python caption.py --bridge {linear,cross,qformer}                             train, score, and draw a 3 × 3 grid
-    python caption.py --bridge linear --eval [--beam 5]                           results.json and scores.json
-    python caption.py --compare                                                   all three under one budget, one table
-    python caption.py --bench                                                     pictures/s and captions/s on this machine
+    python caption.py --bridge linear --sample img.jpg     caption pictures; trains what is missing
+    python caption.py --bridge {linear,cross,qformer}      train and score a bridge, draw a grid
+    python caption.py --bridge linear --eval [--beam 5]    results.json and scores.json
+    python caption.py --compare                            all three under one budget, one table
 
-Without a GPU and COCO this happens in the tiny world: pictures of coloured shapes, drawn here, a CLIP of 64 × 64 pixels, trained
-here, and the decoder of `python train_gpt2.py`. With --data FOLDER (COCO 2017, or your own pictures in its layout) the same code
-joins CLIP ViT-L/14 to GPT-2 124M. A run lives in runs/<world>-<bridge>/: ckpt.pt, best.pt, log.csv, curves.png, grid.png.
+Without a GPU and COCO this is the toy setup: drawn pictures of colored shapes, a CLIP of 64 x 64
+pixels that is trained here, and the decoder of `python train_gpt2.py`. With --data FOLDER (COCO
+2017, or your own pictures in its layout) the same code joins CLIP ViT-L/14 to GPT-2 124M. A run
+lives in runs/<setup>-<bridge>/: ckpt.pt, best.pt, log.csv, curves.png, grid.png, scores.json.
 
-Chapters: the eye · the three bridges · the captioner and its layout · vision tokens on disk · two worlds · training a bridge ·
-captions and what they are worth · your own pictures.
+Chapters: 1 the image encoder, 2 the three bridges, 3 the captioner, 4 training a bridge, 5
+evaluation and comparison, 6 your own pictures. Appendix A: vision tokens on disk, appendix B: the
+toy setup and the full one.
 
-Letters beside the code: B batch, T time (tokens), C width of the decoder, S vision tokens, D their width, P prefix, K captions of a picture.
+Letters beside the code: B batch, T time (tokens), C width of the decoder, P prefix, S vision
+tokens, D their width, N targets of a row, V vocabulary, W beams.
 """
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -26,957 +29,1171 @@ import sys
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import torch
-import torch.distributed as distributed
+import torch.distributed as dist
 import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
+from tqdm import tqdm
 
 import coco_eval
 import fineweb
 import train_gpt2
-from fineweb import UserError
-from train_gpt2 import MLP, attention, autocast, clock, in_turns, non_negative, pick_device, positive, processes, rank, share, summed, wait
+from fineweb import UserError, number
+from train_gpt2 import (
+    MLP,
+    KVCache,
+    Recipe,
+    Run,
+    attention,
+    autocast,
+    get_lr,
+    pick_device,
+    rank,
+    rank_zero_first,
+    set_lr,
+    train_step,
+    world_size,
+)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The eye: what CLIP sees, as tokens
+# -----------------------------------------------------------------------------
+# 1. The image encoder: what CLIP sees, as tokens
 
 
-class Vision:
-    """A frozen CLIP image encoder (Radford et al. 2021): pictures in, tokens of its last block but one out."""
+class ImageEncoder:
+    """A frozen CLIP image encoder (Radford et al. 2021): the tokens of its last block but one."""
 
     def __init__(self, visual, preprocess, name):
-        self.visual, self.preprocess, self.name = visual.eval().requires_grad_(False), preprocess, name
-        put_time_first(visual.transformer)
+        self.visual = train_gpt2.freeze(visual, pick_device())
+        self.preprocess = preprocess  # Pillow picture to (3, H, W)
+        self.name = name
+        # PyTorch's attention on (B, T, C) copies its weights for each token: 40 times slower in
+        # bf16 on a CPU than on (T, B, C), which open_clip can have too
+        blocks = visual.transformer.resblocks
+        if all(isinstance(block.attn, nn.MultiheadAttention) for block in blocks):
+            for module in (visual.transformer, *(block.attn for block in blocks)):
+                module.batch_first = False
 
     @torch.no_grad()
     def __call__(self, images):
-        """Prepared pictures (B, 3, H, W) to the class token and the patches in reading order, (B, 1 + H/p · W/p, D)."""
-        with autocast(images.device.type):
-            found = self.visual.to(images.device).forward_intermediates(images, indices=[len(self.visual.transformer.resblocks) - 2], stop_early=True,
-                                                      intermediates_only=True, output_fmt="NLC", output_extra_tokens=True)
-        return torch.cat([found["image_intermediates_prefix"][0], found["image_intermediates"][0]], dim=1).float()
+        """Prepared pictures (B, 3, H, W) to class token and patches in reading order, (B, S, D)."""
+        device = pick_device()
+        last_but_one = len(self.visual.transformer.resblocks) - 2
+        with autocast(device):
+            found = self.visual.forward_intermediates(
+                images.to(device), indices=[last_but_one], stop_early=True,
+                intermediates_only=True, output_fmt="NLC", output_extra_tokens=True)
+        class_token = found["image_intermediates_prefix"][0]
+        return torch.cat([class_token, found["image_intermediates"][0]], dim=1).float()
 
-
-def put_time_first(transformer):
-    """Let one of open_clip's transformers work on (T, B, C): on (B, T, C) PyTorch's attention copies its weights for each token, 40 times slower in bf16 on a CPU."""
-    if all(isinstance(block.attn, nn.MultiheadAttention) for block in transformer.resblocks):
-        for module in (transformer, *(block.attn for block in transformer.resblocks)):
-            module.batch_first = False
+    def prepare(self, images):
+        return torch.stack([self.preprocess(image) for image in images])
 
 
 def pool_tokens(tokens, grid=(4, 8)):
-    """Average the square of patches to `grid` rows and columns, behind the class token: (B, 1 + n², D) to (B, 1 + rows · columns, D).
+    """Average the square of patches to a grid: (B, 1 + n * n, D) to (B, 1 + rows * columns, D).
 
-    256 patches to 4 × 8 make a sequence that is eight times shorter, and a cache of 8 GB instead of 65 GB for COCO.
+    256 patches to 4 x 8 make a sequence eight times shorter, and a cache of 8 GB instead of 65.
     """
     B, S, D = tokens.shape
     side = math.isqrt(S - 1)
     if side % grid[0] or side % grid[1]:
-        raise UserError(f"a grid of {grid[0]} × {grid[1]} does not divide {side} × {side} patches: choose another --grid-size")
+        reason = f"{grid[0]}x{grid[1]} does not divide {side}x{side} patches"
+        raise UserError(f"{reason}: choose another --grid-size")
     square = tokens[:, 1:].transpose(1, 2).view(B, D, side, side)
-    pooled = F.avg_pool2d(square, (side // grid[0], side // grid[1]))            # (B, D, rows, columns)
+    pooled = F.avg_pool2d(square, (side // grid[0], side // grid[1]))  # (B, D, rows, columns)
     return torch.cat([tokens[:, :1], pooled.flatten(2).transpose(1, 2)], dim=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The three bridges, from vision tokens (B, S, D) to a decoder of width C
+# -----------------------------------------------------------------------------
+# 2. The three bridges, from vision tokens (B, S, D) to a decoder of width C
 #
-#              what the decoder gets                                   where it is joined        trained
-#   linear     S vectors, each a linear image of one vision token      before the caption        LayerNorm, Linear, positions
-#   qformer    32 vectors, each gathered by a learned query            before the caption        queries, up to 4 layers, LayerNorm, Linear
-#   cross      a look at all vision tokens before each of its blocks   inside                    attention and a gate for each block
+#              what the decoder gets                            where             trained
+#   linear     S vectors, a linear map of each vision token     before the text   norm, Linear
+#   qformer    32 vectors, gathered by learned queries          before the text   up to 4 layers
+#   cross      attention to the vision tokens, in each block    inside            attention, gates
 #
-# The prefix of the first two begins at the scale of the decoder's own token vectors, so that it is listened to from the start.
+# Each has the same two methods: prefix(vision) gives the vectors before the text, or None; within
+# the context inside(vision, decoder) the blocks of the decoder attend to the picture, or do not. A
+# prefix begins at the scale of the decoder's own token vectors, so that it influences the decoder
+# from the first step.
 
 
 class LinearBridge(nn.Module):
-    """One linear map for all vision tokens, and a learned position for each (the mapping network of ClipCap, Mokady et al. 2021, made as small as can be)."""
+    """A linear map and learned positions: the mapping of ClipCap (Mokady et al. 2021), minimal."""
 
     def __init__(self, S, D, C, n_head, n_layer, scale):
         super().__init__()
+        self.P = S
         self.norm = nn.LayerNorm(D)
         self.project = nn.Linear(D, C)
         self.positions = nn.Parameter(torch.zeros(S, C))
-        self.P = S
         nn.init.normal_(self.project.weight, std=scale / math.sqrt(D))
 
-    def forward(self, vision):
-        return self.project(self.norm(vision)) + self.positions                  # (B, S, C)
+    def prefix(self, vision):
+        return self.project(self.norm(vision)) + self.positions  # (B, S, C)
+
+    def inside(self, vision, decoder):
+        return contextlib.nullcontext()
 
 
 class QFormerBridge(nn.Module):
-    """Learned queries gather what a caption needs (Q-Former: Li et al. 2023, BLIP-2, section 3.1; queries at unit scale: without BERT's weights .02 is too quiet)."""
+    """Learned queries gather what a caption needs (BLIP-2, Li et al. 2023, section 3.1).
+
+    The queries begin at unit scale: BLIP-2's .02 is for layers that start from BERT's weights.
+    """
 
     def __init__(self, S, D, C, n_head, n_layer, scale, queries=32):
         super().__init__()
-        self.queries = nn.Parameter(torch.randn(queries, C))
         self.P = queries
+        self.queries = nn.Parameter(torch.randn(queries, C))
         self.norm = nn.LayerNorm(D)
         self.positions = nn.Parameter(torch.randn(S, D))
+        n_layer = min(4, n_layer // 2)
         self.layers = nn.ModuleList(QFormerLayer(C, D, n_head) for _ in range(n_layer))
         self.ln_f = nn.LayerNorm(C)
         self.project = nn.Linear(C, C)
         nn.init.normal_(self.project.weight, std=scale / math.sqrt(C))
 
-    def forward(self, vision):
-        vision = self.norm(vision) + self.positions                              # (B, S, D)
-        x = self.queries.expand(len(vision), -1, -1)                             # (B, 32, C)
+    def prefix(self, vision):
+        vision = self.norm(vision) + self.positions  # (B, S, D)
+        x = self.queries.expand(len(vision), -1, -1)  # (B, 32, C)
         for layer in self.layers:
             x = layer(x, vision)
-        return self.project(self.ln_f(x))                                        # (B, 32, C)
+        return self.project(self.ln_f(x))  # (B, 32, C)
+
+    def inside(self, vision, decoder):
+        return contextlib.nullcontext()
 
 
 class QFormerLayer(nn.Module):
-    """The queries look at each other, then at the picture, then think (pre-norm)."""
+    """Queries attend to each other, then to the picture; then an MLP (pre-norm)."""
 
     def __init__(self, C, D, n_head):
         super().__init__()
-        self.ln_1, self.ln_2, self.ln_3 = nn.LayerNorm(C), nn.LayerNorm(C), nn.LayerNorm(C)
-        self.attend, self.look = Attention(C, C, n_head), Attention(C, D, n_head)
-        self.mlp = MLP(train_gpt2.GPTConfig(n_embd=C))
+        self.ln_1 = nn.LayerNorm(C)
+        self.ln_2 = nn.LayerNorm(C)
+        self.ln_3 = nn.LayerNorm(C)
+        self.self_attn = CrossAttention(C, C, n_head)
+        self.cross_attn = CrossAttention(C, D, n_head)
+        self.mlp = MLP(C)
 
     def forward(self, x, vision):
-        x = x + self.attend(self.ln_1(x), *self.attend.keys_values(self.ln_1(x)))
-        x = x + self.look(self.ln_2(x), *self.look.keys_values(vision))
+        normed = self.ln_1(x)
+        x = x + self.self_attn(normed, *self.self_attn.keys_values(normed))
+        x = x + self.cross_attn(self.ln_2(x), *self.cross_attn.keys_values(vision))
         return x + self.mlp(self.ln_3(x))
 
 
 class CrossAttentionBridge(nn.Module):
-    """Before each block of the decoder x + tanh(gate) · attention(LN(x), vision), with gates that begin at 0 (Alayrac et al. 2022, Flamingo, figure 4).
+    """Gated cross-attention (Flamingo, Alayrac et al. 2022, figure 4) before each decoder block:
 
-    At first the decoder is exactly what it was; the gates open as the looks become useful. Positions at the scale of the normalised
-    tokens: at .02 the decoder learns what is there but hardly where.
+        x = x + tanh(gate) * cross_attn(LN(x), vision)
+
+    The gates begin at 0, so at first the decoder is exactly what it was; they open as attention
+    becomes useful. Positions begin at the scale of the normalized tokens: at .02 the decoder learns
+    what is there, but hardly where.
     """
 
     def __init__(self, S, D, C, n_head, n_layer, scale):
         super().__init__()
+        self.P = 1  # <|endoftext|> stands before the caption
         self.norm = nn.LayerNorm(D)
         self.positions = nn.Parameter(torch.randn(S, D))
         self.ln = nn.ModuleList(nn.LayerNorm(C) for _ in range(n_layer))
-        self.look = nn.ModuleList(Attention(C, D, n_head) for _ in range(n_layer))
+        self.cross_attn = nn.ModuleList(CrossAttention(C, D, n_head) for _ in range(n_layer))
         self.gates = nn.Parameter(torch.zeros(n_layer))
-        self.P = 1                                         # <|endoftext|> stands before the caption
+
+    def prefix(self, vision):
+        return None
 
     @contextlib.contextmanager
-    def looking_at(self, vision, decoder):
-        """Within this context the blocks of `decoder` look at the pictures before they do what they did."""
-        vision = self.norm(vision) + self.positions                              # (B, S, D)
+    def inside(self, vision, decoder):
+        """Hooks let each block see the picture; the decoder's code knows nothing of vision."""
+        vision = self.norm(vision) + self.positions  # (B, S, D)
 
-        def hook(i):
-            keys_values = self.look[i].keys_values(vision)
-            return lambda block, args: (args[0] + torch.tanh(self.gates[i]) * self.look[i](self.ln[i](args[0]), *keys_values), *args[1:])
+        def before_block(i):
+            keys_values = self.cross_attn[i].keys_values(vision)  # once for all new tokens
 
-        hooks = [block.register_forward_pre_hook(hook(i)) for i, block in enumerate(decoder.h)]
+            def hook(block, args):
+                x = args[0]  # (B, T, C)
+                looked = self.cross_attn[i](self.ln[i](x), *keys_values)
+                return x + torch.tanh(self.gates[i]) * looked, *args[1:]
+
+            return hook
+
+        hooks = [b.register_forward_pre_hook(before_block(i)) for i, b in enumerate(decoder.h)]
         try:
             yield
         finally:
-            for handle in hooks:
-                handle.remove()
+            for hook in hooks:
+                hook.remove()
 
 
-class Attention(nn.Module):
-    """Queries from x (B, T, C), keys and values from another sequence (B, S, D); q, k and v begin large enough to tell tokens apart."""
+class CrossAttention(nn.Module):
+    """Attention from x (B, T, C) to another sequence (B, S, D)."""
 
     def __init__(self, C, D, n_head):
         super().__init__()
         self.n_head = n_head
-        self.q, self.kv, self.out = nn.Linear(C, C), nn.Linear(D, 2 * C), nn.Linear(C, C)
-        for layer in (self.q, self.kv):
+        self.q = nn.Linear(C, C)
+        self.kv = nn.Linear(D, 2 * C)
+        self.out = nn.Linear(C, C)
+        for layer in (self.q, self.kv):  # large enough to tell tokens apart from the first step
             nn.init.normal_(layer.weight, std=1.5 / math.sqrt(layer.in_features))
             nn.init.zeros_(layer.bias)
 
-    def heads(self, x):
-        return x.view(x.size(0), x.size(1), self.n_head, -1).transpose(1, 2)     # (B, nh, T, hs)
+    def split_heads(self, x):
+        return x.view(x.size(0), x.size(1), self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
 
     def keys_values(self, source):
-        return [self.heads(t) for t in self.kv(source).chunk(2, dim=-1)]
+        k, v = self.kv(source).chunk(2, dim=-1)  # each (B, S, C)
+        return self.split_heads(k), self.split_heads(v)
 
     def forward(self, x, k, v):
-        return self.out(attention(self.heads(self.q(x)), k, v).transpose(1, 2).reshape(x.shape))
+        y = attention(self.split_heads(self.q(x)), k, v)  # (B, nh, T, hs)
+        return self.out(y.transpose(1, 2).reshape(x.shape))
 
 
 BRIDGES = {"linear": LinearBridge, "cross": CrossAttentionBridge, "qformer": QFormerBridge}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The captioner. The layout of a sequence is told here and nowhere else:
+def build(name, S, D, decoder):
+    """A Captioner with a new bridge for S vision tokens of width D."""
+    c = decoder.config
+    scale = decoder.wte.weight.float().std().item()
+    bridge = BRIDGES[name](S, D, c.n_embd, c.n_head, c.n_layer, scale)
+    if bridge.P + 2 > c.block_size:
+        reason = f"a prefix of {bridge.P} leaves no room in a context of {c.block_size}"
+        raise UserError(f"{reason}: use --grid-size 4x8, or another --lm")
+    return Captioner(bridge, decoder)
+
+
+# -----------------------------------------------------------------------------
+# 3. The captioner. The layout of a sequence:
 #
-#     linear, qformer     v1 v2 … vP  a  red  circle  <|endoftext|>            v: the prefix, at positions 0 … P - 1
-#     cross               <|endoftext|>  a  red  circle  <|endoftext|>         P = 1
-#     targets                     a  red  circle  <|endoftext|>                each predicted one place before it stands
+#     linear, qformer    v1 v2 ... vP  a  red  circle  <|endoftext|>       v: the prefix
+#     cross              <|endoftext|>  a  red  circle  <|endoftext|>      P = 1
+#     targets                       a  red  circle  <|endoftext|>          each at the place before
 #
-# All captions of a picture share one beginning: behind it they stand one after the other, each with the positions P, P + 1, … and
-# each blind to the others, so that one pass over P + 5 · 12 tokens does the work of five over P + 12.
-
-
-@dataclass
-class Packed:
-    """Captions in one sequence behind a beginning of P."""
-    idx: torch.Tensor             # (B, T) token ids, the inputs
-    positions: torch.Tensor       # (B, T)
-    mask: torch.Tensor            # (B, 1, P + T, P + T), True where attention may look
-    source: torch.Tensor          # (B, N) for each target, which hidden state predicts it: P - 1 for a caption's first token
-    targets: torch.Tensor         # (B, N), -100 where there is none
-    caption: torch.Tensor         # (B, N) the caption that a target belongs to, -1 for none
-
-    def to(self, device, **options):
-        return Packed(*(t.to(device, **options) for t in vars(self).values()))
-
-
-def pack(captions, P, eot):
-    """Lay out captions = [picture: [caption: [token id, …], …], …], each ended by `eot`, behind a beginning of P vectors."""
-    B = len(captions)
-    T = max(1, max(sum(map(len, picture)) for picture in captions))
-    N = max(sum(map(len, picture)) + len(picture) for picture in captions)
-    idx, positions, own = np.zeros((B, T), np.int64), np.full((B, T), P), np.full((B, T), -1)
-    source, targets, caption = np.zeros((B, N), np.int64), np.full((B, N), -100), np.full((B, N), -1)
-    for b, picture in enumerate(captions):
-        t = n = 0
-        for k, tokens in enumerate(picture):
-            length = len(tokens)
-            idx[b, t:t + length], positions[b, t:t + length], own[b, t:t + length] = tokens, np.arange(P, P + length), k
-            source[b, n], source[b, n + 1:n + 1 + length] = P - 1, np.arange(P + t, P + t + length)
-            targets[b, n:n + length], targets[b, n + length], caption[b, n:n + length + 1] = tokens, eot, k
-            t, n = t + length, n + length + 1
-    mask = np.tril(np.ones((P + T, P + T), bool))[None].repeat(B, 0)
-    mask[:, P:, P:] &= own[:, :, None] == own[:, None, :]                        # a caption sees the beginning and itself
-    return Packed(*map(torch.from_numpy, (idx, positions, mask[:, None], source, targets, caption)))
+# All captions of a picture are packed after one prefix (train_gpt2.pack), where each attends to the
+# prefix and to itself: one pass over P + 5 * 12 tokens does the work of five over P + 12.
 
 
 class Captioner(nn.Module):
-    """A bridge, and the frozen decoder that it speaks through."""
+    """A bridge, and the frozen decoder in front of which, or in which, it works."""
 
-    def __init__(self, bridge, decoder, eot):
+    def __init__(self, bridge, decoder):
         super().__init__()
-        self.bridge, self.eot = bridge, eot
+        self.bridge = bridge
         self.decoder = decoder.eval().requires_grad_(False)
+        self.eot = decoder.config.n_vocab - 1  # <|endoftext|> is the last token of both tokenizers
+        self.room = decoder.config.block_size - bridge.P  # tokens of a caption that fit
 
-    def begin(self, vision):
-        """What stands before a caption, (B, P, C), with the decoder's own positions."""
-        if isinstance(self.bridge, CrossAttentionBridge):
-            start = self.decoder.wte.weight[self.eot].expand(len(vision), 1, -1)
-        else:
-            start = self.bridge(vision)
-        return start + self.decoder.wpe.weight[:start.size(1)]
+    def beginning(self, vision):
+        """What stands before the caption, (B, P, C), with the decoder's positions."""
+        prefix = self.bridge.prefix(vision)
+        if prefix is None:
+            prefix = self.decoder.wte.weight[self.eot].expand(len(vision), 1, -1)
+        return prefix + self.decoder.wpe.weight[: self.bridge.P]
 
-    def looking_at(self, vision):
-        """The context in which the decoder runs."""
-        return self.bridge.looking_at(vision, self.decoder) if isinstance(self.bridge, CrossAttentionBridge) else contextlib.nullcontext()
+    def pack(self, captions):
+        """Packed captions; captions: for each picture token lists, without <|endoftext|>."""
+        beginning = [self.eot] * self.bridge.P  # placeholders, replaced in loss()
+        rows = [(beginning, [[*tokens, self.eot] for tokens in group]) for group in captions]
+        return train_gpt2.pack(rows)
 
     def forward(self, vision, packed):
-        """(None, mean loss), as GPT's with targets."""
+        """(None, mean loss), as GPT has it with targets."""
         return None, self.loss(vision, packed)
 
     def loss(self, vision, packed, reduction="mean"):
-        """Cross-entropy in nats of captions given vision tokens (B, S, D): mean or sum over the targets, or "none" for each, (B, N)."""
-        start = self.begin(vision)
-        x = torch.cat([start, self.decoder.embed(packed.idx, packed.positions)], dim=1)                # (B, P + T, C)
-        with self.looking_at(vision):
+        """Cross-entropy in nats of captions, given vision tokens (B, S, D); see GPT.loss."""
+        x = self.decoder.embed(packed.idx, packed.positions)  # (B, P + T, C)
+        x = torch.cat([self.beginning(vision), x[:, self.bridge.P :]], dim=1)
+        with self.bridge.inside(vision, self.decoder):
             h = self.decoder.decode(x, packed.mask)
-        h = h.gather(1, packed.source[:, :, None].expand(-1, -1, h.size(-1)))                          # (B, N, C)
-        return self.decoder.loss(h, packed.targets, reduction)
+        return self.decoder.loss(packed.at_source(h), packed.targets, reduction)
 
     @torch.no_grad()
-    def generate(self, vision, max_new_tokens=30, prompt=(), temperature=0.0, **options):
-        """Token ids (B, len(prompt) + new) for vision tokens (B, S, D); greedy unless a temperature is given. prompt: (B, n) or n ids to begin with."""
-        idx = torch.as_tensor(prompt, dtype=torch.long, device=vision.device)
-        idx = idx if idx.dim() == 2 else idx.expand(len(vision), -1)
-        room = self.decoder.config.block_size - self.bridge.P - idx.size(1)
-        with self.looking_at(vision):
-            return self.decoder.generate(idx, min(max_new_tokens, room), temperature=temperature, prefix=self.begin(vision), stop=self.eot, **options)
+    def generate(self, vision, max_new_tokens=30, prompt=None, temperature=0.0, **sampling):
+        """Token ids (B, n + new) for vision tokens (B, S, D); greedy without a temperature.
+
+        prompt: (B, n) ids with which the captions begin.
+        """
+        if prompt is None:
+            prompt = torch.empty(len(vision), 0, dtype=torch.long, device=vision.device)
+        sampling |= {"prefix": self.beginning(vision), "stop": self.eot, "temperature": temperature}
+        length = min(max_new_tokens, self.room - prompt.size(1))
+        with self.bridge.inside(vision, self.decoder):
+            return train_gpt2.generate(self.decoder, prompt, length, **sampling)
 
     @torch.no_grad()
     def beam_search(self, vision, beams, max_new_tokens=30, length_penalty=1.0):
-        """Token ids (B, new) of the best caption of each picture, keeping the `beams` best beginnings at every step.
+        """Token ids (B, new) of the best caption, keeping W = `beams` beginnings at every step.
 
-        A caption of n tokens, its end among them, is worth the sum of its log probabilities / n^length_penalty (Wu et al. 2016,
-        section 7, in the simple form): 0 favours short captions, 1 compares means. One beam is greedy decoding.
+        A caption of n tokens is worth the sum of its log probabilities / n^length_penalty (Wu et
+        al. 2016, section 7, in its simple form): 0 favors short captions, 1 compares means. One
+        beam is greedy decoding. test_beam_search_equals_greedy_and_brute_force
         """
-        B, W, decoder = len(vision), beams, self.decoder
-        V, device = decoder.config.vocab_size - decoder.config.vocab_padding, vision.device
-        vision = vision.repeat_interleave(W, 0)                                  # (B·W, S, D)
-        x, cache = self.begin(vision), [train_gpt2.KeyValues() for _ in decoder.h]
-        tokens, done = torch.zeros(B, W, 0, dtype=torch.long, device=device), torch.zeros(B, W, dtype=torch.bool, device=device)
-        total, length = torch.full((B, W), -math.inf, device=device), torch.zeros(B, W, device=device)
-        total[:, 0] = 0                                                          # all beams are alike at first: only one may go on
-        with self.looking_at(vision):
-            for step in range(min(max_new_tokens, decoder.config.block_size - self.bridge.P)):
-                log_p = decoder.logits(decoder.decode(x, cache=cache)[:, -1])[:, :V].float().log_softmax(-1).view(B, W, V)
+        B = len(vision)
+        device = vision.device
+        cache = [KVCache() for _ in self.decoder.h]
+        with self.bridge.inside(vision, self.decoder):  # prefill: once for each picture
+            h = self.decoder.decode(self.beginning(vision), cache=cache)[:, -1:]
+        h = h.expand(-1, beams, -1)  # (B, W, C)
+        rows = torch.arange(B, device=device).repeat_interleave(beams)  # of the cache, by beam
+        tokens = torch.zeros(B, beams, 0, dtype=torch.long, device=device)
+        done = torch.zeros(B, beams, dtype=torch.bool, device=device)
+        length = torch.zeros(B, beams, device=device)
+        total = torch.full((B, beams), -math.inf, device=device)
+        total[:, 0] = 0  # the beams are alike at first: only one may go on
+        with self.bridge.inside(vision.repeat_interleave(beams, 0), self.decoder):
+            for step in range(min(max_new_tokens, self.room)):
+                log_p = self.decoder.logits(h).float().log_softmax(-1)  # (B, W, V)
+                V = log_p.size(2)
                 log_p = log_p.masked_fill(done[:, :, None], -math.inf)
-                log_p[:, :, self.eot] = torch.where(done, 0.0, log_p[:, :, self.eot])        # what has ended stays as it is
-                sums, lengths = total[:, :, None] + log_p, length + ~done
-                best = (sums / lengths[:, :, None] ** length_penalty).view(B, -1).topk(W).indices        # (B, W), the best first
-                parent, token = best // V, best % V
-                total, length = sums.view(B, -1).gather(1, best), lengths.gather(1, parent)
-                tokens = torch.cat([tokens.gather(1, parent[:, :, None].expand(-1, -1, tokens.size(2))), token[:, :, None]], dim=2)
+                log_p[:, :, self.eot] = torch.where(done, 0.0, log_p[:, :, self.eot])  # it stays
+                sums = total[:, :, None] + log_p
+                lengths = length + ~done
+                worth = sums / lengths[:, :, None] ** length_penalty
+                best = worth.view(B, -1).topk(beams).indices  # (B, W), the best first
+                parent = best // V
+                token = best % V
+                total = sums.view(B, -1).gather(1, best)
+                length = lengths.gather(1, parent)
+                tokens = tokens.gather(1, parent[:, :, None].expand_as(tokens))
+                tokens = torch.cat([tokens, token[:, :, None]], dim=2)
                 done = done.gather(1, parent) | (token == self.eot)
                 if done.all():
                     break
-                rows = (parent + W * torch.arange(B, device=device)[:, None]).view(-1)
+                rows = rows.view(B, beams).gather(1, parent).view(-1)
                 for layer in cache:
-                    layer.k, layer.v = layer.k[rows], layer.v[rows]
-                x = decoder.embed(token.view(-1, 1), torch.tensor([self.bridge.P + step], device=device))
+                    layer.k = layer.k[rows]
+                    layer.v = layer.v[rows]
+                rows = torch.arange(B * beams, device=device)
+                position = torch.full((1,), self.bridge.P + step, device=device)
+                x = self.decoder.embed(token.view(-1, 1), position)
+                h = self.decoder.decode(x, cache=cache).view(B, beams, -1)
         return tokens[:, 0]
 
 
-def clean_caption(text):
-    """Blanks folded, lower-cased, without the final full stop: the scorer drops all of it, and a token in twelve is saved."""
-    return " ".join(text.split()).lower().removesuffix(".").rstrip()
+# -----------------------------------------------------------------------------
+# 4. Training a bridge
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Vision tokens on disk: CLIP never changes, so every picture goes through it once
-
-CHUNK = 64                       # pictures at once
-SAVE_EVERY = 10                  # seconds
-
-
-def cached_features(vision, pictures, folder, split, grid, device):
-    """Vision tokens of pictures [{"id", "path"}, …]: (float16 memory map (N, S, D), [whether picture i could be read]).
-
-    What is on disk is used; what is missing is computed, decoding pictures in threads while CLIP works, and goes on where it was
-    interrupted. Raises UserError when the cache is of other pictures, of another CLIP or grid.
-    """
-    data, header = Path(folder) / f"{split}.bin", Path(folder) / f"{split}.json"
-    S, D = 1 + grid[0] * grid[1], vision(prepare(vision, [Image.new("RGB", (8, 8))]).to(device)).size(-1)
-    listing = hashlib.sha256(json.dumps([[p["id"], Path(p["path"]).name] for p in pictures]).encode()).hexdigest()
-    about = {"format": 1, "clip": vision.name, "layer": "last but one", "grid": list(grid), "pictures": listing, "shape": [len(pictures), S, D]}
-    try:
-        found = coco_eval.read_json(header) if header.exists() else {**about, "done": 0, "broken": []}
-    except UserError:
-        found = None
-    if not isinstance(found, dict) or not {"done", "broken"} <= found.keys() or {key: found.get(key) for key in about} != about:
-        raise UserError(f"{folder} has vision tokens of other pictures, another CLIP or another grid, or is damaged: remove it, and they are computed anew")
-    size = 2 * math.prod(about["shape"])
-    if not data.exists() or data.stat().st_size != size:
-        fineweb.require_space(folder, size)
-        found.update(done=0, broken=[])
-        data.parent.mkdir(parents=True, exist_ok=True)
-        with open(data, "wb") as file:
-            file.truncate(size)
-    features = np.memmap(data, np.float16, "r+", shape=tuple(about["shape"]))
-    if found["done"] < len(pictures):
-        fill(features, found, vision, pictures, grid, device, header)
-    return np.memmap(data, np.float16, "r", shape=tuple(about["shape"])), [p["id"] not in set(found["broken"]) for p in pictures]
-
-
-def fill(features, found, vision, pictures, grid, device, header):
-    """Compute what is missing of cached_features(), and say in the header how far it has come."""
-    began, first, saved = time.time(), found["done"], time.time()
-
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        def load(begin):
-            return [threads.submit(readable, picture["path"], vision.preprocess) for picture in pictures[begin:begin + CHUNK]]
-
-        ahead = load(first)
-        for begin in range(first, len(pictures), CHUNK):
-            coming, ahead = ahead, load(begin + CHUNK)
-            images = [image.result() for image in coming]
-            good = [i for i, image in enumerate(images) if not isinstance(image, UserError)]
-            if good:
-                features[[begin + i for i in good]] = pool_tokens(vision(torch.stack([images[i] for i in good]).to(device)), grid).cpu().numpy()
-            for i, error in enumerate(images):
-                if isinstance(error, UserError):
-                    found["broken"].append(pictures[begin + i]["id"])
-                    print(f"\nleft out: {error}")
-            found["done"] = begin + len(images)
-            last = found["done"] == len(pictures)
-            if time.time() - saved > SAVE_EVERY or last:
-                features.flush()
-                with fineweb.atomic_write(header, "w") as file:
-                    json.dump(found, file)
-                saved = time.time()
-            rate = (found["done"] - first) / (time.time() - began)
-            if last or begin // CHUNK % 16 == 0:
-                left = clock((len(pictures) - found["done"]) / rate)
-                print(f"\rvision tokens: {found['done']:,} of {len(pictures):,} pictures  {rate:,.0f} pictures/s  {left} left ", end="", flush=True)
-    print()
-
-
-class Rows:
-    """Some rows of a memory map, read when they are asked for."""
-
-    def __init__(self, features, rows):
-        self.features, self.rows = features, np.asarray(rows)
-        self.shape = (len(rows), *features.shape[1:])
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, pictures):
-        return self.features[self.rows[pictures]]
-
-
-class Live:
-    """Vision tokens that are computed anew whenever they are asked for, as they would be without a cache."""
-
-    def __init__(self, vision, pictures, grid, device):
-        self.vision, self.pictures, self.grid, self.device = vision, pictures, grid, device
-
-    def __getitem__(self, pictures):
-        images = prepare(self.vision, [coco_eval.load_image(self.pictures[i]["path"]) for i in pictures])
-        return pool_tokens(self.vision(images.to(self.device)), self.grid).cpu().numpy()
-
-
-def readable(path, preprocess):
-    """A prepared picture (3, H, W), or the UserError that says why there is none."""
-    try:
-        return preprocess(coco_eval.load_image(path))
-    except UserError as error:
-        return error
-
-
-def prepare(vision, images):
-    """Pillow pictures as CLIP wants them, (B, 3, H, W)."""
-    return torch.stack([vision.preprocess(image) for image in images])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Two worlds: what the decoder, CLIP and the pictures are
-
-TINY_CLIP = {"embed_dim": 64, "quick_gelu": True, "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 96, "layers": 3, "head_width": 32, "pool_type": "avg"},
-             "text_cfg": {"context_length": 32, "vocab_size": 431, "width": 64, "heads": 2, "layers": 2}}
-TINY_CLIP_STEPS, TINY_CLIP_BATCH = 500, 64
+# the highest learning rates: in the toy setup, in the full one
+LEARNING_RATES = {"linear": (5e-3, 2e-3), "cross": (5e-3, 4e-4), "qformer": (2e-3, 4e-4)}
+GATE_LR_SCALE = 10  # a gate has to open before what is behind it can learn
+LONGEST = 100  # tokens of a caption; val2017 has 57 at most, and one endless one would fill memory
 
 
 @dataclass
-class World:
+class PictureSet:
+    """Pictures, their vision tokens, and the token ids of their captions."""
+
+    pictures: list  # as coco_eval.read_dataset() gives them
+    captions: list  # for each picture a list of token lists
+    features: np.ndarray  # (N, S, D), float16, on disk
+    rows: np.ndarray  # for each picture its row in features
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def vision(self, chosen):
+        """Vision tokens (B, S, D) of the chosen pictures."""
+        return torch.from_numpy(np.asarray(self.features[self.rows[chosen]], dtype=np.float32))
+
+    def subset(self, chosen):
+        pictures = [self.pictures[i] for i in chosen]
+        return PictureSet(pictures, [self.captions[i] for i in chosen], self.features,
+                          self.rows[np.asarray(chosen, dtype=int)])
+
+    def shuffled(self):
+        """Each picture with the vision tokens of the one before it."""
+        return replace(self, rows=np.roll(self.rows, 1))
+
+    def blind(self):
+        """The same captions with vision tokens that are all 0."""
+        return replace(self, features=np.broadcast_to(np.float16(0), self.features.shape))
+
+
+def clean_caption(text):
+    """Blanks folded, lower-cased, no final full stop: the scorer drops all that anyway."""
+    return " ".join(text.split()).lower().removesuffix(".").rstrip()
+
+
+def get_micro_batches(train_set, captioner, recipe, seed, step):
+    """This rank's micro-batches of a step: [(vision, packed captions, share of the targets)]."""
+    chosen = train_gpt2.step_indices(seed, step, recipe.batch_size, len(train_set))
+
+    def targets(pictures):
+        return sum(len(tokens) + 1 for i in pictures for tokens in train_set.captions[i])
+
+    mine = np.array_split(chosen, world_size())[rank()]
+    batches = []
+    for part in np.array_split(mine, math.ceil(len(mine) / recipe.micro_batch)):
+        packed = captioner.pack([train_set.captions[i] for i in part])
+        batches.append((train_set.vision(part), packed, targets(part) / targets(chosen)))
+    return batches
+
+
+def train(name, setup, args, blind=False):
+    """Train a bridge, or go on with its run, until the last step; returns the run's folder."""
+    device = pick_device()
+    train_set = load_pictures(setup, "train", args)
+    val_set = load_pictures(setup, "val", args)
+    val_set = val_set.subset([i for i in range(len(val_set)) if not held_out(val_set.pictures[i])])
+    if blind:
+        train_set = train_set.blind()
+        val_set = val_set.blind()
+    torch.manual_seed(args.seed)
+    captioner = build(name, *train_set.features.shape[1:], setup.decoder).to(device)
+    recipe = choose_recipe(name, setup, len(train_set), args)
+    optimizer = train_gpt2.configure_optimizer(captioner.bridge, recipe, {"gates": GATE_LR_SCALE})
+    kind = describe_run(name, setup, train_set, recipe, args)
+    out = run_folder(name, setup, args, blind)
+    run = Run(out, kind, recipe, "captions", args.restart)
+    run.resume(captioner.bridge, optimizer)
+    if run.step >= recipe.max_steps:
+        return out
+    parameters = sum(p.numel() for p in captioner.bridge.parameters())
+    print(f"bridge     {name}{', blind' if blind else ''}: {parameters:,} trainable parameters, "
+          f"{recipe.max_steps:,} steps of {recipe.batch_size} pictures, in {out}", flush=True)
+    parallel = train_gpt2.parallelize(captioner, device, compile=False)
+    get_batches = functools.partial(get_micro_batches, train_set, captioner, recipe, args.seed)
+    captions_a_step = recipe.batch_size * sum(map(len, train_set.captions)) / len(train_set)
+    with run:
+        for step, micro_batches in train_gpt2.prefetch(
+                get_batches, run.step, recipe.max_steps, device):
+            lr = get_lr(step, recipe)
+            set_lr(optimizer, lr)
+            loss, norm = train_step(parallel, optimizer, micro_batches, recipe.grad_clip, device)
+            run.count_step(loss, norm)
+            stop = run.stop_requested()
+            evaluate = run.step % recipe.eval_every == 0 or run.step == recipe.max_steps
+            row = {}
+            if run.step % recipe.log_every == 0 or run.step == 1 or evaluate or stop:
+                row = run.progress(loss, lr, norm, captions_a_step)
+            if evaluate:
+                row |= validate(captioner, val_set, run, device)
+            run.log(row)
+            if evaluate or stop:
+                run.save(captioner.bridge, optimizer)
+            if stop:
+                run.exit()
+    return out
+
+
+def validate(captioner, val_set, run, device):
+    """Print the validation loss, as a column of the log; the best bridge so far is in best.pt."""
+    token, caption = caption_loss(captioner, val_set, device)
+    print(f"           val {token:.4f} nats a token, {caption:.3f} a caption", flush=True)
+    if token < run.best:
+        run.best = token
+        if rank() == 0:
+            content = {"run": run.kind, "step": run.step, "model": captioner.bridge.state_dict()}
+            train_gpt2.save_checkpoint(run.out / "best.pt", content, keep=False)
+    return {"val_val": token}
+
+
+def choose_recipe(name, setup, pictures, args):
+    """The three bridges share one budget; only the learning rate is each one's own."""
+    batch = args.batch_size or (32 if setup.toy else 64)
+    steps = 1_000 if setup.toy else round(4 * pictures / batch)
+    if args.epochs:
+        steps = round(args.epochs * pictures / batch)
+    steps = args.max_steps or max(steps, 1)
+    lr = LEARNING_RATES[name][0 if setup.toy else 1]
+    recipe = Recipe(
+        steps, batch, batch, lr, max(1, round(0.03 * steps)), min_lr=0.0, weight_decay=0.01,
+        eval_every=max(1, steps // 10), log_every=20)
+    recipe = train_gpt2.with_flags(recipe, args)
+    if recipe.batch_size < world_size():
+        raise UserError(f"--batch {recipe.batch_size} is less than {world_size()} processes")
+    return recipe
+
+
+def describe_run(name, setup, train_set, recipe, args):
+    """What has to stay the same when a run is continued, and what its bridge needs to be used."""
+    _, S, D = train_set.features.shape
+    captions = hashlib.sha256(json.dumps(train_set.captions).encode()).hexdigest()[:16]
+    kind = {"bridge": name, "S": S, "D": D, "grid": args.grid_size, "captions": captions}
+    kind |= {"decoder": setup.decoder_name, "clip": setup.encoder.name}
+    return kind | {"seed": args.seed, "batch_size": recipe.batch_size}
+
+
+def run_folder(name, setup, args, blind=False):
+    """--out, or runs/<setup>-<bridge>; under --compare each bridge has a folder in --out."""
+    folder = f"{name}-blind" if blind else name
+    if args.compare and args.out:
+        return Path(args.out) / folder
+    return Path(args.out or f"runs/{setup.name}-{folder}")
+
+
+# -----------------------------------------------------------------------------
+# 5. Evaluation and comparison
+
+
+@torch.no_grad()
+def caption_loss(captioner, pictures, device, batch=50):
+    """(nats per token, nats per caption) over a PictureSet."""
+    sums = torch.zeros(2, dtype=torch.float64)  # nats, tokens
+    mine = np.arange(len(pictures))[rank() :: world_size()]
+    for i in range(0, len(mine), batch):
+        part = mine[i : i + batch]
+        packed = captioner.pack([pictures.captions[i] for i in part])
+        with autocast(device):
+            vision = pictures.vision(part).to(device)
+            loss = captioner.loss(vision, packed.to(device), "sum").item()
+        sums += torch.tensor([loss, (packed.targets >= 0).sum().item()])
+    nats, tokens = train_gpt2.all_reduce(sums.to(device)).tolist()
+    return nats / tokens, nats / sum(map(len, pictures.captions))
+
+
+@torch.no_grad()
+def write_captions(captioner, vision, tokenizer, beams=1, prompt=None, **options):
+    """A caption for each picture of vision (B, S, D); options of generate() or beam_search()."""
+    device = pick_device()
+    vision = vision.to(device)
+    with autocast(device):
+        if beams > 1:
+            rows = captioner.beam_search(vision, beams, **options)
+        else:
+            prompt = None if prompt is None else prompt.to(device)
+            rows = captioner.generate(vision, prompt=prompt, **options)
+    texts = []
+    for row in rows.tolist():
+        row = [token for token in row if token != captioner.eot]
+        texts.append(tokenizer.decode(row, errors="replace").strip())
+    return texts
+
+
+def write_all_captions(captioner, pictures, tokenizer, prompts=None, batch=250, beams=1, **options):
+    """A caption for each picture of a PictureSet; several ranks share them.
+
+    prompts: for each picture the token ids with which its caption begins, all of one length.
+    """
+    mine = range(rank(), len(pictures), world_size())
+    batch = max(1, batch // beams)
+    texts = []
+    for i in range(0, len(mine), batch):
+        part = list(mine[i : i + batch])
+        prompt = torch.tensor([prompts[j] for j in part]) if prompts else None
+        vision = pictures.vision(part)
+        texts += write_captions(captioner, vision, tokenizer, beams, prompt, **options)
+    if world_size() == 1:
+        return texts
+    shares = [None] * world_size()
+    dist.all_gather_object(shares, texts)
+    return [shares[i % world_size()][i // world_size()] for i in range(len(pictures))]
+
+
+def ask_facts(pictures, tokenizer, answer):
+    """How often a fact is right in a caption whose beginning asks for it: {fact: share}.
+
+    answer: takes the beginnings, token ids of one length, and gives the whole captions.
+    """
+    rng = random.Random(0)
+    asked = [coco_eval.questions(picture["scene"], rng) for picture in pictures]
+    shares = {}
+    for fact in coco_eval.FACTS:
+        texts = answer([tokenizer.encode_ordinary(question[fact]) for question in asked])
+        right = 0
+        for text, picture in zip(texts, pictures, strict=True):
+            right += coco_eval.facts(text, picture["scene"])[fact] is True
+        shares[fact] = right / max(len(pictures), 1)
+    return shares
+
+
+def bridge_facts(captioner, pictures, tokenizer):
+    """ask_facts() of captions of a PictureSet."""
+    answer = functools.partial(
+        write_all_captions, captioner, pictures, tokenizer, max_new_tokens=8)
+    return ask_facts(pictures.pictures, tokenizer, answer)
+
+
+def map_facts(setup, pictures):
+    """ask_facts() of the decoder that reads the scene as a map in words: a bridge's upper bound."""
+    tokenizer = setup.tokenizer
+    maps = [fineweb.scene_map(picture["scene"]) + "\n" for picture in pictures]
+    maps = [[tokenizer.eot_token, *tokenizer.encode_ordinary(text)] for text in maps]
+    newline = tokenizer.encode_ordinary("\n")[0]
+
+    def answer(prompts):
+        rows = [row + prompt for row, prompt in zip(maps, prompts, strict=True)]
+        idx = torch.tensor(rows, device=pick_device())
+        with autocast(pick_device()):
+            out = train_gpt2.generate(setup.decoder, idx, 8, temperature=0, stop=newline)
+        texts = [tokenizer.decode(row[len(maps[0]) :]) for row in out.tolist()]
+        return [text.split("\n")[0] for text in texts]
+
+    return ask_facts(pictures, tokenizer, answer)
+
+
+def true_captions(texts, pictures):
+    """The share of captions in which each fact that is stated is true."""
+    wrong = 0
+    for text, picture in zip(texts, pictures, strict=True):
+        wrong += False in coco_eval.facts(text, picture["scene"]).values()
+    return 1 - wrong / len(texts)
+
+
+def held_out(picture):
+    """Whether a toy picture has a color and shape that no training picture joins."""
+    return bool(picture["scene"]) and fineweb.has_held_out_pair(picture["scene"]["objects"])
+
+
+def evaluate(out, setup, args, beam=None):
+    """Score the best bridge of a run on the validation pictures: print, write files, return a dict.
+
+    results.json, scores.json, grid.png. "shuffled": with the tokens of another picture; what is
+    right then is guessed.
+    """
+    device = pick_device()
+    tokenizer = setup.tokenizer
+    captioner = load_captioner(args.ckpt or Path(out) / "best.pt", setup, args)
+    val_set = load_pictures(setup, "val", args)
+    unseen = [i for i, picture in enumerate(val_set.pictures) if held_out(picture)]
+    seen = val_set.subset(sorted(set(range(len(val_set))) - set(unseen)))
+    unseen = val_set.subset(unseen)
+    decoding = "greedy"
+    options = {}
+    if beam:
+        options = beam_options(args)
+        decoding = f"beam {beam}, length penalty {options['length_penalty']}"
+    texts = write_all_captions(captioner, seen, tokenizer, **options)
+    references = {picture["id"]: picture["captions"] for picture in seen.pictures}
+    scores = coco_eval.evaluate(references, dict(zip(references, texts, strict=True)))
+    row = {"parameters": sum(p.numel() for p in captioner.bridge.parameters())}
+    row |= {"pictures": len(seen), "decoding": decoding} | scores["corpus"]
+    row["nats a caption"] = caption_loss(captioner, seen, device)[1]
+    row["shuffled"] = caption_loss(captioner, seen.shuffled(), device)[1]
+    if all(picture["scene"] for picture in val_set.pictures):
+        row["captions true"] = true_captions(texts, seen.pictures)
+        row["facts"] = bridge_facts(captioner, seen, tokenizer)
+        row["facts, shuffled"] = bridge_facts(captioner, seen.shuffled(), tokenizer)
+        row["facts, unseen pairs"] = bridge_facts(captioner, unseen, tokenizer)
+    if rank() == 0:
+        write_scores(Path(out), seen.pictures, texts, row | scores, "_beam" if beam else "")
+    print(f"{len(seen)} validation pictures of {setup.data}, {decoding}: "
+          f"{row['nats a caption']:.2f} nats a caption, shuffled {row['shuffled']:.2f}")
+    print(coco_eval.table(scores, len(seen)))
+    for kind in ("facts", "facts, shuffled", "facts, unseen pairs"):
+        if kind in row:
+            print(f"{kind:22} " + "  ".join(f"{fact} {s:.2f}" for fact, s in row[kind].items()))
+    if "captions true" in row:
+        print(f"{'free captions, all true':22} {row['captions true']:.2f}")
+    print(f"{out} has best.pt, results, scores, curves.png and grid.png")
+    return row
+
+
+def beam_options(args):
+    penalty = 1.0 if args.length_penalty is None else args.length_penalty
+    return {"beams": args.beam, "length_penalty": penalty}
+
+
+def write_scores(out, pictures, texts, scores, suffix):
+    """results.json in COCO's format, scores.json and grid.png; the suffix is for beam search."""
+    results = [{"image_id": p["id"], "caption": t} for p, t in zip(pictures, texts, strict=True)]
+    for name, content in (("results", results), ("scores", scores)):
+        with fineweb.atomic_write(out / f"{name}{suffix}.json", "w") as file:
+            json.dump(content, file)
+    chosen = range(0, len(pictures), max(len(pictures) // 9, 1))[:9]
+    images = [coco_eval.load_image(pictures[i]["path"]) for i in chosen]
+    draw_grid(out / f"grid{suffix}.png", images, [texts[i] for i in chosen])
+
+
+def draw_grid(path, images, captions, columns=3, size=256):
+    """Pictures with their captions below them, three in a row, as one PNG."""
+    font = ImageFont.load_default(17)
+    gap = 24
+    below = 96  # for the caption
+    height = math.ceil(len(images) / columns) * (size + below) + gap
+    sheet = Image.new("RGB", (columns * (size + gap) + gap, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        x = gap + i % columns * (size + gap)
+        y = gap + i // columns * (size + below)
+        scale = size / max(image.size)
+        small = image.resize([max(1, round(side * scale)) for side in image.size], Image.LANCZOS)
+        sheet.paste(small, (x + (size - small.width) // 2, y + (size - small.height) // 2))
+        lines = textwrap.wrap(caption, 31)[:4]
+        draw.multiline_text((x, y + size + 6), "\n".join(lines), "#111827", font)
+    with fineweb.atomic_write(path) as file:
+        sheet.save(file, "PNG")
+
+
+def compare(setup, args):
+    """Train and score all bridges under one budget, and blind ones: one table, one picture."""
+    rows = {}
+    curves = {}
+    for name in BRIDGES:
+        out = train(name, setup, args)
+        blind = train(name, setup, args, blind=True)
+        rows[name] = evaluate(out, setup, args)
+        log = train_gpt2.read_log(out / "log.csv")
+        blind_log = train_gpt2.read_log(blind / "log.csv")
+        if log[-1]["step"] != blind_log[-1]["step"]:
+            raise UserError(f"{out} and {blind} have different budgets: use --restart")
+        curves[name] = train_gpt2.curve(log, "val_val")
+        curves[f"{name}, blind"] = train_gpt2.curve(blind_log, "val_val")
+        best, best_blind = (min(y for _, y in curves[k]) for k in (name, f"{name}, blind"))
+        rows[name]["blind"] = rows[name]["nats a caption"] * best_blind / best
+        rows[name]["seconds"] = log[-1]["seconds"]
+    if rank() > 0:
+        return
+    upper = {}
+    if "facts" in rows["linear"]:
+        pictures = load_pictures(setup, "val", args).pictures
+        upper = map_facts(setup, [picture for picture in pictures if not held_out(picture)])
+    folder = Path(args.out or f"runs/{setup.name}-compare")
+    folder.mkdir(parents=True, exist_ok=True)
+    curves = dict(sorted(curves.items(), key=lambda item: "blind" in item[0]))
+    train_gpt2.draw_curves(folder / "curves.png", [("validation loss, nats per token", curves)])
+    table = comparison(rows, upper)
+    with fineweb.atomic_write(folder / "table.md", "w") as file:
+        file.write(table + "\n")
+    print(f"\n{table}\n\n{folder} has table.md and curves.png")
+
+
+def comparison(rows, upper):
+    """The table of --compare in Markdown; rows: {bridge: what evaluate() returned}."""
+    lines = [f"| | {' | '.join(rows)} | map in words |", "|---" * (len(rows) + 2) + "|"]
+
+    def line(label, show, last=""):
+        cells = [show(row) for row in rows.values()]
+        lines.append(f"| {' | '.join([label, *cells, last])} |")
+
+    line("trainable parameters", lambda row: f"{row['parameters']:,}")
+    line("validation loss, nats a caption", lambda row: f"{row['nats a caption']:.2f}")
+    line("... blind", lambda row: f"{row['blind']:.2f}")
+    line("... shuffled", lambda row: f"{row['shuffled']:.2f}")
+    line("CIDEr-D", lambda row: f"{row['CIDEr']:.3f}")
+    line(coco_eval.METEOR_NAME, lambda row: f"{row['METEOR']:.3f}")
+    for fact, share in upper.items():
+
+        def show(row, fact=fact):
+            kinds = ("facts", "facts, shuffled", "facts, unseen pairs")
+            right, shuffled, unseen = (f"{row[kind][fact]:.2f}" for kind in kinds)
+            return f"{right} ({shuffled}; {unseen})"
+
+        line(f"{fact} right (shuffled; unseen pairs)", show, f"{share:.2f}")
+    if upper:
+        line("free captions, all true", lambda row: f"{row['captions true']:.2f}")
+    line("training, s", lambda row: f"{row['seconds']:.0f}")
+    return "\n".join(lines)
+
+
+# -----------------------------------------------------------------------------
+# 6. Your own pictures
+
+KINDS = ".jpg .jpeg .jfif .png .gif .webp .avif .bmp .tif .tiff".split()
+
+
+def find_pictures(names):
+    """The paths of files and of the pictures in folders; UserError for none, or one named twice."""
+    paths = []
+    for name in map(Path, names):
+        inside = [name]
+        if name.is_dir():
+            inside = sorted(path for path in name.iterdir() if path.suffix.lower() in KINDS)
+        if not inside:
+            raise UserError(f"{name} has no pictures ({' '.join(KINDS)}): name another folder")
+        paths += inside
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path} is not there: check the path")
+        if paths.count(path) > 1:
+            raise UserError(f"{path} is named twice: name it once")
+    return paths
+
+
+def sample(args):
+    """Caption your own pictures with the best bridge of a run, training first what is missing."""
+    paths = find_pictures(args.sample)
+    if len(paths) == 1:
+        coco_eval.load_image(paths[0])  # fails here, before anything is trained
+    setup = open_setup(args)
+    path = args.ckpt
+    if path is None:
+        out = run_folder(args.bridge, setup, args)
+        path = out / "best.pt"
+        if args.restart or not (out / "scores.json").exists():
+            print(f"missing    the bridge: training {args.bridge}", flush=True)
+            evaluate(train(args.bridge, setup, args), setup, args)
+    captioner = load_captioner(path, setup, args)
+    print(f"bridge     {path}")
+    options = {}
+    if args.num or args.temperature is not None or args.top_p:
+        generator = torch.Generator(pick_device()).manual_seed(args.seed)
+        options = {"temperature": 0.8 if args.temperature is None else args.temperature}
+        options |= {"top_p": args.top_p or 0.9, "generator": generator}
+    elif args.beam:
+        options = beam_options(args)
+    drawn = []
+    read = 0
+    for begin in range(0, len(paths), CHUNK):
+        for path, image, texts in caption_chunk(
+                captioner, setup, paths[begin : begin + CHUNK], args, options):
+            read += 1
+            for text in texts:
+                print(f"{path}: {text}", flush=True)
+            if args.grid:
+                image.thumbnail((256, 256))
+                drawn.append((image, texts[0]))
+    if not read:
+        raise UserError("none of these pictures can be read: name others")
+    if args.grid:
+        draw_grid(args.grid, *zip(*drawn, strict=True))
+        print(f"{args.grid} has the pictures with their captions")
+
+
+def caption_chunk(captioner, setup, paths, args, options):
+    """[(path, picture, [caption, ...]), ...] of those that can be read; the others are named."""
+    found = []
+    for path in paths:
+        try:
+            found.append((path, coco_eval.load_image(path)))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+    if not found:
+        return []
+    images = setup.encoder.prepare([image for _, image in found])
+    vision = pool_tokens(setup.encoder(images), grid_of(args))
+    tokenizer = setup.tokenizer
+    draws = [write_captions(captioner, vision, tokenizer, **options) for _ in range(args.num or 1)]
+    captions = zip(*draws, strict=True)
+    return [(*pair, texts) for pair, texts in zip(found, captions, strict=True)]
+
+
+def load_captioner(path, setup, args):
+    """The Captioner of a checkpoint; UserError if its decoder, CLIP or grid was another."""
+    checkpoint = train_gpt2.read_checkpoint(path)
+    run = checkpoint["run"]
+    here = {"decoder": setup.decoder_name, "clip": setup.encoder.name, "grid": args.grid_size}
+    flags = {"decoder": "--lm", "clip": "--clip", "grid": "--grid-size"}
+    for part, value in here.items():
+        if run.get(part) != value:
+            reason = f"{path} was trained for another {part}, {run.get(part)}, not {value}"
+            raise UserError(f"{reason}: name that with {flags[part]}, or use --restart")
+    captioner = build(run["bridge"], run["S"], run["D"], setup.decoder)
+    captioner.bridge.load_state_dict(checkpoint["model"])
+    return captioner.eval().to(pick_device())
+
+
+# -----------------------------------------------------------------------------
+# Appendix A: vision tokens on disk. CLIP never changes, so each picture goes through it once
+
+CHUNK = 64  # pictures at once
+SAVE_EVERY = 10  # seconds
+
+
+def grid_of(args):
+    rows, columns = args.grid_size.split("x")
+    return int(rows), int(columns)
+
+
+def load_pictures(setup, split, args):
+    """The PictureSet of a split, without the pictures that cannot be read."""
+    pictures = coco_eval.read_dataset(setup.data, split)
+    name = f"{setup.name}-{setup.encoder.name}-{args.grid_size}".replace("/", "-").replace(" ", "-")
+    with rank_zero_first():
+        features, broken = cached_features(
+            setup.encoder, pictures, Path("data/features") / name, split, grid_of(args))
+    rows = [i for i, picture in enumerate(pictures) if str(picture["id"]) not in broken]
+    if not rows:
+        raise UserError(f"no picture of {setup.data} ({split}) can be read: check the folder")
+    pictures = [pictures[i] for i in rows]
+    encode = setup.tokenizer.encode_ordinary
+    captions = []
+    for picture in pictures:
+        captions.append([encode(clean_caption(text))[:LONGEST] for text in picture["captions"]])
+    return PictureSet(pictures, captions, features, np.array(rows))
+
+
+def cached_features(encoder, pictures, folder, split, grid):
+    """Vision tokens of pictures [{"id", "path"}, ...]: ((N, S, D) float16 on disk, broken ids).
+
+    What is on disk is used, if it is of these very files (path, size, time of change), this CLIP
+    and this grid; what is missing is computed and goes on where it was interrupted.
+    """
+    data = Path(folder) / f"{split}.bin"
+    header = Path(folder) / f"{split}.json"
+    blank = encoder.prepare([Image.new("RGB", (8, 8))])
+    S, D = pool_tokens(encoder(blank), grid).shape[1:]
+    shape = (len(pictures), S, D)
+    digest = hashlib.sha256()
+    for picture in pictures:
+        path = Path(picture["path"]).absolute()
+        change = (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else None
+        digest.update(f"{picture['id']} {path} {change}\n".encode("utf-8", "surrogateescape"))
+    key = {"clip": encoder.name, "shape": list(shape), "pictures": digest.hexdigest()}
+    state = {"key": key, "done": 0, "broken": []}
+    if header.exists() and data.exists() and data.stat().st_size == 2 * math.prod(shape):
+        with contextlib.suppress(UserError):  # a damaged header: everything is computed anew
+            found = fineweb.read_json(header)
+            if isinstance(found, dict) and found.get("key") == key:
+                state = found
+    if state["done"] < len(pictures):
+        if not state["done"]:
+            fineweb.require_space(folder, 2 * math.prod(shape))
+            data.parent.mkdir(parents=True, exist_ok=True)
+            with open(data, "wb") as file:
+                file.truncate(2 * math.prod(shape))
+        with fineweb.lock(data.parent):
+            compute_features(encoder, pictures, np.memmap(data, np.float16, "r+", shape=shape),
+                             grid, state, header)
+    return np.memmap(data, np.float16, "r", shape=shape), set(state["broken"])
+
+
+def compute_features(encoder, pictures, features, grid, state, header):
+    """Fill `features` from picture state["done"] on; `header` says how far it has come."""
+    saved = time.time()
+    bar = tqdm(desc="vision tokens", initial=state["done"], total=len(pictures), disable=None)
+    with ThreadPoolExecutor(os.cpu_count()) as threads, bar:
+
+        def load(begin):  # decode in threads while CLIP works on the chunk before
+            chunk = pictures[begin : begin + CHUNK]
+            return [threads.submit(readable, picture, encoder) for picture in chunk]
+
+        ahead = load(state["done"])
+        for begin in range(state["done"], len(pictures), CHUNK):
+            loaded = [future.result() for future in ahead]
+            ahead = load(begin + CHUNK)
+            good = [i for i, image in enumerate(loaded) if image is not None]
+            if good:
+                images = torch.stack([loaded[i] for i in good])
+                features[[begin + i for i in good]] = pool_tokens(encoder(images), grid).cpu()
+            broken = [pictures[begin + i]["id"] for i, image in enumerate(loaded) if image is None]
+            state["broken"] += map(str, broken)
+            state["done"] = begin + len(loaded)
+            bar.update(len(loaded))
+            if time.time() - saved > SAVE_EVERY or state["done"] == len(pictures):
+                features.flush()
+                with fineweb.atomic_write(header, "w") as file:
+                    json.dump(state, file)
+                saved = time.time()
+
+
+def readable(picture, encoder):
+    """A prepared picture (3, H, W); None, and a line that says why, if it cannot be read."""
+    try:
+        return encoder.preprocess(coco_eval.load_image(picture["path"]))
+    except UserError as error:
+        tqdm.write(f"left out: {error}")
+        return None
+
+
+# -----------------------------------------------------------------------------
+# Appendix B: the toy setup and the full one
+
+TOY_CLIP = {
+    "embed_dim": 64,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 96, "layers": 3, "head_width": 32,
+                   "pool_type": "avg"},
+    "text_cfg": {"context_length": 32, "vocab_size": 431, "width": 64, "heads": 2, "layers": 2},
+}
+
+
+@dataclass
+class Setup:
     """The frozen parts, and where the pictures are."""
-    name: str                     # "tiny", or what the data folder is called
+
+    name: str  # "toy", or what the folder of the pictures is called
+    toy: bool
     data: Path
-    vision: Vision
+    encoder: ImageEncoder
     decoder: train_gpt2.GPT
     tokenizer: object
     decoder_name: str
 
 
-def open_world(args):
-    """The World that the flags ask for: the full one with --data, or where there are a GPU and COCO; else the tiny one, made where it is missing."""
+def open_setup(args):
+    """The full setup with --data, or with a GPU and COCO; else the toy one, made if missing."""
     coco = Path("data/coco")
-    full = bool(args.data) or pick_device() == "cuda" and coco.exists() or bool(args.sample) and Path(f"runs/coco-{args.bridge}/best.pt").exists()
-    if full:
-        data, clip = Path(args.data or coco), args.clip or "ViT-L-14-quickgelu/openai"
-        lm = args.lm or ("runs/gpt2/ckpt.pt" if train_gpt2.is_finished("runs/gpt2") else "gpt2")
-        print(f"decoder    {lm}\neye        {clip}", flush=True)
+    trained = Path(f"runs/coco-{args.bridge}/best.pt").exists()  # photographs, if they can be had
+    toy = not args.data and not (coco.exists() and (trained or pick_device().type == "cuda"))
+    if toy:
+        data = Path("data/shapes")
+        clip = args.clip or "runs/toy-clip/ckpt.pt"
+        lm = args.lm or "runs/tiny/ckpt.pt"
+        print("setup      toy: its bridges know colored shapes only. For photographs on a laptop:")
+        print("           python coco_eval.py --download --val-only   (1.1 GB; models: 2.3 GB)")
+        print(f"           python caption.py --data data/coco --bridge {args.bridge or 'linear'}")
+        with rank_zero_first():
+            make_toy_setup(data, clip, lm)
     else:
-        data, clip, lm = Path("data/shapes"), args.clip or "runs/tiny-clip/ckpt.pt", args.lm or "runs/tiny/ckpt.pt"
-        print("world      tiny: its bridges know coloured shapes only, and see them in photographs too. For photographs:\n"
-              f"           python coco_eval.py --download && python caption.py --data data/coco --bridge {args.bridge or 'linear'}", flush=True)
-        make_tiny_world(data, clip, lm)
-    decoder, tokenizer, checkpoint = in_turns(lambda: train_gpt2.load_checkpoint(lm))
-    name = checkpoint.get("run", {}).get("preset", Path(lm).name)
-    return World(data.name if full else "tiny", data, in_turns(lambda: load_clip(clip)), decoder, tokenizer, f"{name} {fingerprint(decoder)}")
+        data = Path(args.data or coco)
+        clip = args.clip or "ViT-L-14-quickgelu/openai"
+        own = train_gpt2.is_finished("runs/gpt2")
+        lm = args.lm or ("runs/gpt2/ckpt.pt" if own else "gpt2")
+        print(f"setup      decoder {lm}, CLIP {clip}, pictures {data}", flush=True)
+    with rank_zero_first():
+        decoder, tokenizer, checkpoint = train_gpt2.load_model(lm)
+        name = f"{checkpoint.get('run', {}).get('preset', Path(lm).name)} {fingerprint(decoder)}"
+        encoder = load_clip(clip)
+    train_gpt2.freeze(decoder, pick_device())
+    folder = "toy" if toy else data.resolve().name
+    return Setup(folder, toy, data, encoder, decoder, tokenizer, name)
 
 
-def make_tiny_world(data, clip, lm):
-    """Make what the tiny world lacks: the decoder, the pictures, the eye."""
-    if str(lm) == "runs/tiny/ckpt.pt" and not train_gpt2.is_finished("runs/tiny"):
-        print("lacking    the decoder: python train_gpt2.py --preset tiny, two minutes", flush=True)
+def make_toy_setup(data, clip, lm):
+    """Make what the toy setup lacks: the decoder, the pictures, the image encoder."""
+    if lm == "runs/tiny/ckpt.pt" and not train_gpt2.is_finished("runs/tiny"):
+        print("missing    the decoder: python train_gpt2.py --preset tiny", flush=True)
         train_gpt2.main(["--preset", "tiny"])
-    if rank() == 0 and not data.exists():
-        print(f"lacking    the pictures: drawing them in {data}", flush=True)
+    if not data.exists():
+        print(f"missing    the pictures: drawing them in {data}", flush=True)
         coco_eval.make_shapes(data)
-    if rank() == 0 and str(clip) == "runs/tiny-clip/ckpt.pt" and not Path(clip).exists():
-        print("lacking    the eye: a tiny CLIP, trained on these pictures and their captions", flush=True)
-        train_clip(data, Path(clip))
-    wait()
+    if clip == "runs/toy-clip/ckpt.pt" and not Path(clip).exists():
+        print("missing    the image encoder: a tiny CLIP, trained on these pictures", flush=True)
+        train_clip(data, clip)
 
 
 def fingerprint(module):
     """A short digest of a module's weights, from the first numbers of each tensor."""
     digest = hashlib.sha256()
     for name, t in module.state_dict().items():
-        digest.update(f"{name} {tuple(t.shape)}".encode() + t.flatten()[:16].float().cpu().numpy().tobytes())
+        sample = t.flatten()[:16].float().cpu().numpy().tobytes()
+        digest.update(f"{name} {tuple(t.shape)}".encode() + sample)
     return digest.hexdigest()[:16]
 
 
 def load_clip(which):
-    """The eye: our own checkpoint (….pt from train_clip), or NAME/TAG or NAME/FILE for open_clip, such as ViT-L-14-quickgelu/openai."""
-    path = Path(which)
-    if path.suffix == ".pt" and path.exists():
-        checkpoint = train_gpt2.read_checkpoint(path, holds="clip")
+    """The ImageEncoder of our own checkpoint, or of open_clip: NAME/TAG or NAME/FILE."""
+    if Path(which).suffix == ".pt" and Path(which).exists():
+        checkpoint = train_gpt2.read_checkpoint(which, holds="clip")
         model = open_clip.CLIP(**checkpoint["clip"])
         model.load_state_dict(checkpoint["model"])
-        return Vision(model.visual, open_clip.image_transform(checkpoint["clip"]["vision_cfg"]["image_size"], is_train=False), f"tiny {fingerprint(model.visual)}")
+        size = checkpoint["clip"]["vision_cfg"]["image_size"]
+        preprocess = open_clip.image_transform(size, is_train=False)
+        return ImageEncoder(model.visual, preprocess, f"toy {fingerprint(model.visual)}")
     name, _, tag = str(which).partition("/")
     if name not in open_clip.list_models() or not tag:
-        raise UserError(f"--clip {which} is neither a checkpoint that is there nor a name and tag such as ViT-L-14-quickgelu/openai")
-    if tag == "openai" and name.startswith("ViT") and f"{name}-quickgelu" in open_clip.list_models():
-        raise UserError(f"--clip {which}: OpenAI trained with another activation (QuickGELU), with this one CLIP sees wrongly: use {name}-quickgelu/openai")
+        example = "a name and tag such as ViT-L-14-quickgelu/openai"
+        raise UserError(f"--clip {which} is neither a checkpoint that is there nor {example}")
+    if tag == "openai" and f"{name}-quickgelu" in open_clip.list_models():
+        reason = "OpenAI trained with another activation (QuickGELU)"
+        raise UserError(f"--clip {which}: {reason}: use {name}-quickgelu/openai")
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=tag)
-    except Exception as error:                             # the hub's client and torch.load raise many kinds
-        why = (str(error) or type(error).__name__).splitlines()[0][:90]
-        raise UserError(f"CLIP {which} cannot be loaded ({why}): give the weights as a file, --clip {name}/FILE.safetensors") from None
+    except Exception as error:  # the hub's client and torch.load raise many kinds
+        reason = (str(error) or type(error).__name__).splitlines()[0][:90]
+        what_to_do = f"give its weights as a file, --clip {name}/FILE.safetensors"
+        raise UserError(f"CLIP {which} cannot be loaded ({reason}): {what_to_do}") from None
     if not hasattr(getattr(model.visual, "transformer", None), "resblocks"):
-        raise UserError(f"--clip {which} is no vision transformer of open_clip: use one, such as ViT-L-14-quickgelu/openai")
-    return Vision(model.visual, preprocess, f"{name}/{Path(tag).name} {fingerprint(model.visual)}")
+        raise UserError(f"--clip {which} is no vision transformer: use ViT-L-14-quickgelu/openai")
+    identity = f"{name}/{Path(tag).name} {fingerprint(model.visual)}"
+    return ImageEncoder(model.visual, preprocess, identity)
 
 
 def train_clip(data, path, seed=0):
-    """Train the tiny world's CLIP on pictures and the captions that name all objects (Radford et al. 2021, figure 3)."""
+    """Train the toy CLIP on pictures and the captions that name all objects.
+
+    Contrastive loss (Radford et al. 2021, figure 3): in a batch each picture must find its own
+    caption among all captions, and each caption its picture.
+    """
     torch.manual_seed(seed)
-    pictures, tokenizer, device = coco_eval.read_dataset(data, "train"), fineweb.get_tokenizer("tiny"), pick_device()
-    model, preprocess = open_clip.CLIP(**TINY_CLIP).to(device), open_clip.image_transform(64, is_train=False)
+    device = pick_device()
+    pictures = coco_eval.read_dataset(data, "train")
+    model = open_clip.CLIP(**TOY_CLIP).to(device)
+    preprocess = open_clip.image_transform(64, is_train=False)
     images = torch.stack([preprocess(coco_eval.load_image(p["path"])) for p in pictures])
-    texts = torch.zeros(len(pictures), 32, dtype=torch.long)
-    for row, picture in zip(texts, pictures):              # the end token has the largest id, which is where CLIP reads the text
-        tokens = [tokenizer.eot_token - 1, *tokenizer.encode_ordinary(picture["captions"][-1])][:31] + [tokenizer.eot_token]
-        row[:len(tokens)] = torch.tensor(tokens)
-    recipe = train_gpt2.Recipe(TINY_CLIP_STEPS, 0, 0, 1.5e-3, 50, weight_decay=0.05)
-    optimizer, contrast, began = train_gpt2.make_optimizer(model, recipe), open_clip.ClipLoss(), time.time()
-    for step in range(recipe.steps):
-        rows = torch.from_numpy(train_gpt2.step_windows(seed, step, TINY_CLIP_BATCH, len(pictures)))
+    texts = clip_texts([picture["captions"][-1] for picture in pictures])
+    recipe = Recipe(500, 64, 64, 1.5e-3, 50, weight_decay=0.05)
+    optimizer = train_gpt2.configure_optimizer(model, recipe)
+    contrastive_loss = open_clip.ClipLoss()
+    bar = tqdm(range(recipe.max_steps), desc="toy CLIP", disable=None)
+    for step in bar:
+        set_lr(optimizer, get_lr(step, recipe))
+        chosen = train_gpt2.step_indices(seed, step, recipe.batch_size, len(pictures))
         with autocast(device):
-            loss = contrast(*model(images[rows].to(device), texts[rows].to(device)))
+            loss = contrastive_loss(*model(images[chosen].to(device), texts[chosen].to(device)))
         loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = train_gpt2.learning_rate(step, recipe)
-        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
         if step % 50 == 49:
-            left = clock((recipe.steps - step - 1) * (time.time() - began) / (step + 1))
-            print(f"\rtiny CLIP: step {step + 1} of {recipe.steps} | loss {loss.item():.3f} | {left} left ", end="", flush=True)
-    print()
-    train_gpt2.save_checkpoint(path, {"format": train_gpt2.FORMAT, "clip": TINY_CLIP, "model": model.state_dict()})
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    train_gpt2.save_checkpoint(path, {"clip": TOY_CLIP, "model": model.state_dict()})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training a bridge
+def clip_texts(captions, length=32):
+    """Token ids (B, 32) for CLIP, which reads a text at its largest id: <|endoftext|>."""
+    tokenizer = fineweb.get_tokenizer("tiny")
+    texts = torch.zeros(len(captions), length, dtype=torch.long)
+    for row, caption in zip(texts, captions, strict=True):
+        tokens = [tokenizer.eot_token - 1, *tokenizer.encode_ordinary(caption)][: length - 1]
+        row[: len(tokens) + 1] = torch.tensor([*tokens, tokenizer.eot_token])
+    return texts
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How a bridge is trained. The three share one budget; only the learning rate is each one's own."""
-    steps: int
-    batch: int                    # pictures for each update, with all their captions
-    micro_batch: int              # pictures computed at once
-    lr: float
-    warmup: int
-    eval_every: int
-    log_every: int = 20
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    floor: float = 0.0
-
-
-LEARNING_RATES = {"linear": (5e-3, 2e-3), "cross": (5e-3, 4e-4), "qformer": (2e-3, 4e-4)}     # highest: in the tiny world, at full size
-LONGEST = 100                    # tokens of a caption; those of val2017 have 57 at most, and one endless caption would take the memory of all
-GATES = 10                       # their rate is that much higher: a gate has to open before anything behind it can learn
-COCO_CAPTIONS = 591_753          # of train2017
-STEPS, EPOCHS = 1_000, 4         # the tiny world's budget in steps, the full one's in passes over the pictures
-
-
-class BridgeTraining(train_gpt2.Updates):
-    """Updates of a bridge from pictures with captions; decoder and CLIP stay as they are."""
-    unit = "captions"
-
-    def __init__(self, captioner, recipe, features, captions, seed, device):
-        super().__init__(captioner.bridge, recipe, device, captioner)
-        self.features, self.captions, self.seed = features, captions, seed
-        self.per_step = recipe.batch * sum(map(len, captions)) / len(captions)
-        gates = [p for name, p in self.raw.named_parameters() if name == "gates"]
-        matrices = [p for p in self.raw.parameters() if p.dim() >= 2]
-        vectors = [p for name, p in self.raw.named_parameters() if p.dim() < 2 and name != "gates"]
-        groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors}, {"params": gates, "times": GATES}]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-
-    def load(self, step):
-        """The micro-batches of a step: [(vision tokens, packed captions, share of the step's targets)]."""
-        pictures = train_gpt2.step_windows(self.seed, step, self.recipe.batch, len(self.captions))
-        mine = np.array_split(pictures, processes())[rank()]                     # each process takes its slice
-        parts = np.array_split(mine, -(-len(mine) // self.recipe.micro_batch))
-        return [(*lay_out(self.features, self.captions, part, self.net), self.targets(part) / self.targets(pictures)) for part in parts]
-
-    def targets(self, pictures):
-        """How many targets the captions of these pictures have: their tokens, and an end for each."""
-        return sum(len(tokens) + 1 for i in pictures for tokens in self.captions[i])
-
-
-def lay_out(features, captions, pictures, captioner):
-    """(vision tokens (B, S, D), Packed) of the given pictures."""
-    vision = torch.from_numpy(np.asarray(features[pictures], dtype=np.float32))
-    return vision, pack([captions[i] for i in pictures], captioner.bridge.P, captioner.eot)
-
-
-def encode_captions(pictures, tokenizer, room):
-    """Token ids of each picture's captions, at most `room` and LONGEST of each."""
-    room = min(room, LONGEST)
-    return [[tokenizer.encode_ordinary(clean_caption(caption))[:room] for caption in picture["captions"]] for picture in pictures]
-
-
-@torch.no_grad()
-def caption_loss(captioner, features, captions, device, batch=50):
-    """(nats per token, nats per caption) over all pictures."""
-    total = tokens = 0
-    mine = np.arange(len(captions))[rank()::processes()]
-    for part in np.array_split(mine, -(-len(mine) // batch)) if len(mine) else ():
-        vision, packed = lay_out(features, captions, part, captioner)
-        with autocast(device):
-            total += captioner.loss(vision.to(device), packed.to(device), "sum").item()
-        tokens += int((packed.targets >= 0).sum())
-    total, tokens = summed(torch.tensor([total, tokens], dtype=torch.float64, device=device if device == "cuda" else "cpu")).tolist()
-    return total / tokens, total / sum(map(len, captions))
-
-
-def build(name, S, D, decoder):
-    """A Captioner with a new bridge that fits `decoder` and S vision tokens of width D; <|endoftext|> is the decoder's last token."""
-    c = decoder.config
-    layers = min(4, c.n_layer // 2) if name == "qformer" else c.n_layer          # four are enough for queries, each block of the decoder looks
-    bridge = BRIDGES[name](S, D, c.n_embd, c.n_head, layers, decoder.wte.weight.std().item())
-    if bridge.P + 2 > c.block_size:
-        raise UserError(f"a prefix of {bridge.P} leaves no room in the decoder's context of {c.block_size}: choose --grid-size 4x8")
-    return Captioner(bridge, decoder, c.vocab_size - c.vocab_padding - 1)
-
-
-def dataset(world, split, args, device):
-    """(pictures that could be read, their vision tokens)."""
-    pictures = coco_eval.read_dataset(world.data, split)
-    grid = tuple(map(int, args.grid_size.split("x")))
-    folder = Path("data/features") / f"{world.name}-{world.vision.name.replace('/', '-').replace(' ', '-')}-{args.grid_size}"
-    features, good = in_turns(lambda: cached_features(world.vision, pictures, folder, split, grid, device))
-    if not any(good):
-        raise UserError(f"no picture of {world.data} ({split}) can be read: check the folder")
-    return [p for p, g in zip(pictures, good) if g], Rows(features, np.flatnonzero(good))
-
-
-def choose_recipe(name, world, pictures, args):
-    """The bridge's recipe with the flags' changes."""
-    tiny = world.name == "tiny"
-    batch = args.batch or (32 if tiny else 64)
-    if batch < processes():
-        raise UserError(f"--batch {batch} is less than {processes()} processes: take more pictures")
-    steps = args.steps or (STEPS if tiny and not args.epochs else max(1, round((args.epochs or EPOCHS) * pictures / batch)))
-    return Recipe(steps, batch, min(args.micro_batch or batch, batch), args.lr or LEARNING_RATES[name][0 if tiny else 1], max(1, round(0.03 * steps)), max(1, steps // 10))
-
-
-def train(name, world, args, blind=False):
-    """Train a bridge, or go on with its run, until its last step; returns the run's folder. blind: its vision tokens are all 0."""
-    device = pick_device()
-    out = Path(args.out or "runs") / (f"{world.name}-{name}" + "-blind" * blind)
-    (train_pictures, features), (val_pictures, val_features) = (dataset(world, split, args, device) for split in ("train", "val"))
-    if blind:
-        features, val_features = (np.zeros(f.shape, np.float16) for f in (features, val_features))
-    torch.manual_seed(args.seed)
-    captioner = build(name, *features.shape[1:], world.decoder).to(device)
-    recipe, room = choose_recipe(name, world, len(train_pictures), args), world.decoder.config.block_size - captioner.bridge.P
-    run = {"bridge": name, "S": features.shape[1], "D": features.shape[2], "decoder": world.decoder_name, "clip": world.vision.name, "grid": args.grid_size,
-           "pictures": len(train_pictures), "seed": args.seed, "batch": recipe.batch}
-    checkpoint = train_gpt2.unfinished(out, run) if not args.restart else None
-    if checkpoint and checkpoint["step"] >= recipe.steps:
-        return out
-    val_features = Rows(val_features, [i for i, p in enumerate(val_pictures) if not unseen(p)])
-    captions, seen = (encode_captions(p, world.tokenizer, room) for p in (train_pictures, [p for p in val_pictures if not unseen(p)]))
-    training = BridgeTraining(captioner, recipe, features, captions, args.seed, device)
-    header = {"run": run, "best": checkpoint["best"] if checkpoint else math.inf}
-    if checkpoint:
-        training.restore(checkpoint)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "scores.json").unlink(missing_ok=True)          # they come last, and tell that a run is finished
-    parameters = sum(p.numel() for p in captioner.bridge.parameters())
-    print(f"bridge     {name}{', blind' * blind}: {parameters:,} trainable parameters, {recipe.steps:,} steps of {recipe.batch} pictures, in {out}", flush=True)
-
-    def validate():
-        token, caption = caption_loss(captioner, val_features, seen, device)
-        print(f"           val {token:.4f} nats a token, {caption:.3f} a caption", flush=True)
-        better, header["best"] = token < header["best"], min(token, header["best"])
-        if better and rank() == 0:
-            train_gpt2.save_checkpoint(out / "best.pt", {"format": train_gpt2.FORMAT, "run": run, "step": training.step, "model": captioner.bridge.state_dict()}, keep=False)
-        return {"val_val": token}
-
-    train_gpt2.loop(training, validate, ["val_val"], out, header, 0)
-    wait()                                                 # best.pt is whole
-    return out
-
-
-def unseen(picture):
-    """Whether a picture of the shapes world has a pair of colour and shape that no training picture has."""
-    return bool(picture["scene"]) and any((o["colour"], o["shape"]) in fineweb.UNSEEN for o in picture["scene"]["objects"])
-
-
-def load_captioner(path, world, grid):
-    """The Captioner of a checkpoint. Raises UserError when it was trained for another decoder, another CLIP or another grid."""
-    checkpoint = train_gpt2.read_checkpoint(path)
-    run = checkpoint["run"]
-    for part, here, flag in (("decoder", world.decoder_name, "lm"), ("clip", world.vision.name, "clip"), ("grid", grid, "grid-size")):
-        if run.get(part) != here:
-            raise UserError(f"{path} was trained for another {part} ({run.get(part)}, and here is {here}): name the right one with --{flag}, or train anew with --restart")
-    captioner = build(run["bridge"], run["S"], run["D"], world.decoder)
-    captioner.bridge.load_state_dict(checkpoint["model"])
-    return captioner.eval().to(pick_device())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Captions, and what they are worth
-
-
-@torch.no_grad()
-def write_captions(captioner, features, tokenizer, prompts=None, beams=1, batch=250, **options):
-    """A caption for each row of features (N, S, D); prompts: N token lists of one length that the captions begin with. Several processes share the rows."""
-    device, mine, texts, batch = next(captioner.bridge.parameters()).device, range(rank(), len(features), processes()), [], max(1, batch // beams)
-    for begin in range(0, len(mine), batch):
-        part = list(mine[begin:begin + batch])
-        vision = torch.from_numpy(np.asarray(features[part], dtype=np.float32)).to(device)
-        with autocast(device.type):
-            if beams > 1:
-                rows = captioner.beam_search(vision, beams, **options).tolist()
-            else:
-                rows = captioner.generate(vision, prompt=[prompts[i] for i in part] if prompts else (), **options).tolist()
-        texts += [tokenizer.decode([token for token in row if token != captioner.eot], errors="replace").strip() for row in rows]
-    if processes() == 1:
-        return texts
-    shares = [None] * processes()
-    distributed.all_gather_object(shares, texts)
-    return [shares[i % processes()][i // processes()] for i in range(len(features))]
-
-
-def share_of_facts(captioner, features, pictures, tokenizer):
-    """How often a fact is stated rightly when a caption is begun that has to state it: {"count", "objects", "place", "relation"}."""
-    rng, right = random.Random(0), {}
-    asked = [fineweb.questions(picture["scene"], rng) for picture in pictures]
-    for fact in asked[0]:
-        texts = write_captions(captioner, features, tokenizer, [tokenizer.encode_ordinary(question[fact]) for question in asked], max_new_tokens=8)
-        right[fact] = float(np.mean([fineweb.facts(text, picture["scene"])[fact] is True for text, picture in zip(texts, pictures)]))
-    return right
-
-
-def evaluate(out, world, args):
-    """Score the best bridge of a run on the validation pictures: prints a table, writes results.json, scores.json and grid.png; returns the scores.
-
-    "shuffled": each picture's captions from the tokens of another; what is still right there is guessed.
-    """
-    device = pick_device()
-    captioner = load_captioner(args.ckpt or Path(out) / "best.pt", world, args.grid_size)
-    pictures, features = dataset(world, "val", args, device)
-    captions = encode_captions(pictures, world.tokenizer, captioner.decoder.config.block_size - captioner.bridge.P)
-    seen, rest = [i for i, p in enumerate(pictures) if not unseen(p)], [i for i, p in enumerate(pictures) if unseen(p)]
-    shuffled = np.roll(seen, 1)
-    decoding = f"beam {args.beam}, length penalty {args.length_penalty}" if args.beam > 1 else "greedy"
-    beams = {"beams": args.beam, "length_penalty": args.length_penalty} if args.beam > 1 else {}
-    texts = write_captions(captioner, features[seen], world.tokenizer, **beams)
-    scores = coco_eval.evaluate({pictures[i]["id"]: pictures[i]["captions"] for i in seen}, {pictures[i]["id"]: text for i, text in zip(seen, texts)})
-    row = {"parameters": sum(p.numel() for p in captioner.bridge.parameters()), "pictures": len(seen), "decoding": decoding}
-    row["nats a caption"] = caption_loss(captioner, features[seen], [captions[i] for i in seen], device)[1]
-    row["shuffled"] = caption_loss(captioner, features[shuffled], [captions[i] for i in seen], device)[1]
-    row |= scores["corpus"]
-    if all(picture["scene"] for picture in pictures):
-        told = [pictures[i] for i in seen]
-        row["facts"] = share_of_facts(captioner, features[seen], told, world.tokenizer)
-        row["facts, shuffled"] = share_of_facts(captioner, features[shuffled], told, world.tokenizer)
-        row["facts, unseen pairs"] = share_of_facts(captioner, features[rest], [pictures[i] for i in rest], world.tokenizer)
-    if rank() == 0:
-        write_scores(Path(out), [pictures[i] for i in seen], texts, {**row, **scores})
-    print(f"{len(seen)} validation pictures of {world.data}, {decoding}: {row['nats a caption']:.2f} nats a caption, with shuffled pictures {row['shuffled']:.2f}")
-    print(coco_eval.table(scores, len(seen)))
-    for kind in ("facts", "facts, shuffled", "facts, unseen pairs"):
-        if kind in row:
-            print(f"{kind:22} " + "  ".join(f"{fact} {share:.2f}" for fact, share in row[kind].items()))
-    print(f"{out} has best.pt, results.json, scores.json, curves.png and grid.png")
-    return row
-
-
-def write_scores(out, pictures, texts, scores):
-    """results.json in COCO's format, scores.json, and grid.png with nine of the pictures."""
-    for file, content in (("results.json", [{"image_id": p["id"], "caption": text} for p, text in zip(pictures, texts)]), ("scores.json", scores)):
-        with fineweb.atomic_write(out / file, "w", encoding="utf-8") as target:
-            json.dump(content, target)
-    nine = range(0, len(pictures), max(len(pictures) // 9, 1))[:9]
-    draw_grid(out / "grid.png", [coco_eval.load_image(pictures[i]["path"]) for i in nine], [texts[i] for i in nine])
-
-
-def draw_grid(path, pictures, captions, columns=3, size=256):
-    """Pictures with their captions below, `columns` beside each other, as one PNG."""
-    font, gap, text = ImageFont.load_default(17), 24, 96
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (size + gap) + gap, rows * (size + text) + gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (picture, caption) in enumerate(zip(pictures, captions)):
-        x, y = gap + i % columns * (size + gap), gap + i // columns * (size + text)
-        scale = size / max(picture.size)
-        small = picture.resize([max(1, round(side * scale)) for side in picture.size], Image.LANCZOS)
-        sheet.paste(small, (x + (size - small.width) // 2, y + (size - small.height) // 2))
-        draw.multiline_text((x, y + size + 6), "\n".join(textwrap.wrap(caption, 31)[:4]), "#111827", font)
-    with fineweb.atomic_write(path) as file:
-        sheet.save(file, "PNG")
-
-
-def compare(world, args):
-    """Train and score all three bridges under one budget, and a blind one of each: one table, one picture of the loss curves."""
-    rows, lines, folder, steps = {}, {}, Path(args.out or "runs") / f"{world.name}-compare", args.steps
-    for name in BRIDGES:
-        out, blind = train(name, world, args), train(name, world, args, blind=True)
-        rows[name] = evaluate(out, world, args)
-        log, blind_log = train_gpt2.read_log(out / "log.csv"), train_gpt2.read_log(blind / "log.csv")
-        steps = steps or log[-1]["step"]
-        for run, kept in ((out, log), (blind, blind_log)):
-            if kept[-1]["step"] != steps:
-                raise UserError(f"{run} has {kept[-1]['step']:,.0f} steps and another run {steps:,.0f}: one budget for all, use --restart, or another --out")
-        per_caption = rows[name]["nats a caption"] / min(r["val_val"] for r in log if "val_val" in r)
-        rows[name] |= {"blind": min(r["val_val"] for r in blind_log if "val_val" in r) * per_caption, "seconds": log[-1]["seconds"]}
-        for label, kept in ((name, log), (f"{name}, blind", blind_log)):
-            lines[label] = ([r["step"] for r in kept if "val_val" in r], [r["val_val"] for r in kept if "val_val" in r])
-    lines = dict(sorted(lines.items(), key=lambda line: "blind" in line[0]))
-    if rank() > 0:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    train_gpt2.draw_curves(folder / "curves.png", [("validation loss, nats per token", "step", lines)])
-    table = comparison(rows)
-    with fineweb.atomic_write(folder / "table.md", "w", encoding="utf-8") as file:
-        file.write(table + "\n")
-    print(f"\n{table}\n\n{folder} has table.md and curves.png")
-
-
-def comparison(rows):
-    """The table of --compare, in Markdown: rows = {bridge: what evaluate() returned}."""
-    lines = ["| | " + " | ".join(rows) + " |", "|---" * (len(rows) + 1) + "|"]
-
-    def line(label, show):
-        lines.append(f"| {label} | " + " | ".join(show(row) for row in rows.values()) + " |")
-
-    line("trainable parameters", lambda r: f"{r['parameters']:,}")
-    for key in ("nats a caption", "blind", "shuffled"):
-        line("validation loss, nats a caption" if key == "nats a caption" else f"… {key}", lambda r: f"{r[key]:.2f}")
-    line(f"CIDEr-D, {next(iter(rows.values()))['decoding']}", lambda r: f"{r['CIDEr']:.3f}")
-    line(coco_eval.METEOR_NAME, lambda r: f"{r['METEOR']:.3f}")
-    if all("facts" in row for row in rows.values()):
-        for fact in next(iter(rows.values()))["facts"]:
-            line(f"{fact} right (shuffled; unseen pairs)", lambda r: f"{r['facts'][fact]:.2f} ({r['facts, shuffled'][fact]:.2f}; {r['facts, unseen pairs'][fact]:.2f})")
-    line("training, s", lambda r: f"{r['seconds']:.0f}")
-    return "\n".join(lines)
-
-
-def bench(world, args, seconds=8):
-    """Print how fast each bridge trains here: with CLIP in the loop, from cached tokens, and with all captions of a picture in one pass."""
-    device, grid = pick_device(), tuple(map(int, args.grid_size.split("x")))
-    pictures, features = dataset(world, "train", args, device)
-    for name in BRIDGES:
-        captioner = build(name, *features.shape[1:], world.decoder).to(device)
-        packed = encode_captions(pictures, world.tokenizer, world.decoder.config.block_size - captioner.bridge.P)
-        single, recipe, rates = [picture[:1] for picture in packed], choose_recipe(name, world, len(pictures), args), {}
-        print(f"{name}: {sum(p.numel() for p in captioner.bridge.parameters()):,} trainable parameters, {recipe.batch} pictures a step")
-        live = Live(world.vision, pictures, grid, device)
-        for way, tokens, captions in (("CLIP in the loop", live, single), ("cached", features, single), ("cached, packed", features, packed)):
-            training = BridgeTraining(captioner, recipe, tokens, captions, args.seed, device)
-            training.update()[0].item()                    # to warm up
-            rate = train_gpt2.steps_per_second(training, seconds)
-            rates[way] = rate * training.per_step
-            print(f"  {way:16}  {rate * recipe.batch:9,.1f} pictures/s  {rates[way]:9,.1f} captions/s  {rates[way] / rates['CLIP in the loop']:6.1f} times"
-                  f"  an epoch of COCO's {COCO_CAPTIONS:,} captions: {clock(COCO_CAPTIONS / rates[way])}", flush=True)
-            training.thread.shutdown()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Your own pictures
-
-KINDS = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff"}
-
-
-def find_pictures(names):
-    """[(path, picture), …] of files and folders. What cannot be read is named on stderr; UserError when nothing can, or a file is named twice."""
-    paths = []
-    for name in map(Path, names):
-        inside = sorted(p for p in name.iterdir() if p.suffix.lower() in KINDS) if name.is_dir() else [name]
-        if not inside:
-            raise UserError(f"{name} has no pictures ({', '.join(sorted(KINDS))}): name another folder")
-        paths += inside
-    for path in paths:
-        if paths.count(path) > 1:
-            raise UserError(f"{path} is named twice: name it once")
-    found = []
-    for path in paths:
-        try:
-            found.append((path, coco_eval.load_image(path)))
-        except UserError as error:
-            if len(paths) == 1:
-                raise
-            print(f"error: {error}", file=sys.stderr)
-    if not found:
-        raise UserError("none of these pictures can be read: name others")
-    return found
-
-
-def sample(args):
-    """Caption one's own pictures with the best bridge of a run, training first what is missing."""
-    found = find_pictures(args.sample)
-    world = open_world(args)
-    if args.ckpt:
-        path = Path(args.ckpt)
-    else:
-        path = Path(args.out or "runs") / f"{world.name}-{args.bridge}" / "best.pt"
-        if args.restart or not path.with_name("scores.json").exists():
-            print(f"lacking    the bridge: training {args.bridge}", flush=True)
-            evaluate(train(args.bridge, world, args), world, args)
-    captioner = load_captioner(path, world, args.grid_size)
-    print(f"bridge     {path}")
-    device, grid = pick_device(), tuple(map(int, args.grid_size.split("x")))
-    images = [image for _, image in found]
-    tokens = np.concatenate([pool_tokens(world.vision(prepare(world.vision, images[i:i + CHUNK]).to(device)), grid).cpu().numpy() for i in range(0, len(images), CHUNK)])
-    options = {"temperature": args.temperature, "top_p": args.top_p, "generator": torch.Generator(device).manual_seed(args.seed)} if args.num > 1 else {}
-    if args.beam > 1 and args.num == 1:
-        options = {"beams": args.beam, "length_penalty": args.length_penalty}
-    texts = [write_captions(captioner, tokens, world.tokenizer, **options) for _ in range(args.num)]
-    for i, (file, _) in enumerate(found):
-        for told in texts:
-            print(f"{file}: {told[i]}")
-    if args.grid:
-        draw_grid(args.grid, images, texts[0])
-        print(f"drawn in {args.grid}")
+# -----------------------------------------------------------------------------
+# Command line
 
 
 def main():
-    """The commands at the top of this file."""
-    parser = fineweb.Parser(__doc__)
-    group = parser.add_argument_group("what to do (without any of these: train --bridge, then score it)")
+    parser = fineweb.ArgumentParser(__doc__)
+    positive = number(int, 1)
+    group = parser.add_argument_group("what to do (default: train --bridge and score it)")
     group.add_argument("--bridge", choices=BRIDGES, help="how the picture gets into the decoder")
-    group.add_argument("--sample", nargs="+", metavar="PICTURE", help="caption pictures, or folders of them")
-    group.add_argument("--eval", action="store_true", help="score the bridge on the validation pictures")
-    group.add_argument("--compare", action="store_true", help="train and score all three bridges")
-    group.add_argument("--bench", action="store_true", help="measure how fast the bridges train on this machine")
+    group.add_argument("--sample", nargs="+", metavar="PICTURE", help="caption files and folders")
+    group.add_argument("--eval", action="store_true", help="score the bridge of a run")
+    group.add_argument("--compare", action="store_true", help="train and score all bridges")
     group = parser.add_argument_group("the frozen parts and the pictures")
-    group.add_argument("--data", metavar="DIR", help="pictures with captions in COCO's layout (default: data/coco with a GPU, else the tiny world)")
-    group.add_argument("--lm", metavar="CKPT", help="the decoder: a checkpoint of train_gpt2.py, a folder of safetensors, or gpt2")
-    group.add_argument("--clip", metavar="CLIP", help="the eye: NAME/TAG or NAME/FILE of open_clip (default ViT-L-14-quickgelu/openai)")
-    group.add_argument("--grid-size", default="4x8", choices=("4x8", "8x8", "16x16"), help="vision tokens behind the class token (default: %(default)s)")
+    group.add_argument("--data", metavar="DIR", help="pictures in COCO's layout (data/coco)")
+    group.add_argument("--lm", metavar="CKPT", help="the decoder, as train_gpt2.py --ckpt names it")
+    group.add_argument("--clip", help="NAME/TAG of open_clip (default: ViT-L-14-quickgelu/openai)")
+    group.add_argument("--grid-size", default="4x8", choices=("4x8", "8x8", "16x16"),
+                       help="of the vision tokens (default: %(default)s)")
     group = parser.add_argument_group("training")
-    group.add_argument("--out", metavar="DIR", help="folder of the runs (default: runs)")
+    group.add_argument("--out", metavar="DIR", help="the run (default: runs/<setup>-<bridge>)")
     group.add_argument("--epochs", type=positive, help="passes over the pictures")
-    group.add_argument("--steps", type=positive, help="updates of the bridge, instead of --epochs")
-    group.add_argument("--batch", type=positive, help="pictures for each update")
-    group.add_argument("--micro-batch", type=positive, help="pictures computed at once: lower it when memory is short")
-    group.add_argument("--lr", type=non_negative, help="highest learning rate")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--steps", dest="max_steps", type=positive, help="instead of --epochs")
+    group.add_argument("--batch", dest="batch_size", type=positive, help="pictures a step")
+    group.add_argument("--micro-batch", type=positive, help="pictures at once, for less memory")
+    group.add_argument("--lr", type=number(float, 0, 1), help="the highest learning rate")
+    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
     group.add_argument("--restart", action="store_true", help="forget what is in the run's folder")
     group = parser.add_argument_group("captions")
-    group.add_argument("--ckpt", metavar="FILE", help="the bridge (default: the run's best.pt)")
-    group.add_argument("--num", type=positive, default=1, help="how many captions for each picture, drawn with --temperature and --top-p")
-    group.add_argument("--temperature", type=non_negative, default=0.8)
-    group.add_argument("--top-p", type=share, default=0.9)
-    group.add_argument("--beam", type=positive, default=1, metavar="N", help="keep the N best beginnings (default: %(default)s, greedy)")
-    group.add_argument("--length-penalty", type=non_negative, default=1.0, metavar="X", help="a caption of n tokens is worth its log probability / n^X (default: %(default)s)")
+    group.add_argument("--ckpt", metavar="FILE", help="the bridge (default: best.pt of the run)")
+    group.add_argument("--num", type=positive, help="so many drawn captions for each picture")
+    group.add_argument("--temperature", type=number(float, 0, 100), help="of drawn captions (0.8)")
+    group.add_argument("--top-p", type=number(float, 0.001, 1), help="of drawn captions (0.9)")
+    group.add_argument("--beam", type=number(int, 2), metavar="W", help="beam search (else greedy)")
+    group.add_argument("--length-penalty", type=number(float, 0, 10), help="of --beam (1.0)")
     group.add_argument("--grid", metavar="FILE", help="draw the pictures with their captions")
     args = parser.parse_args()
-    train_gpt2.join_processes()
-    if args.compare:
-        compare(open_world(args), args)
-    elif args.bench:
-        bench(open_world(args), args)
-    elif not args.bridge:
-        raise UserError("give --bridge linear, cross or qformer, or --compare, or --bench")
-    elif args.sample:
-        sample(args)
+    if not args.bridge and not args.compare:
+        raise UserError("give --bridge linear, cross or qformer, or --compare")
+    drawing = ("--num", "--temperature", "--top-p")
+    if args.beam:
+        parser.refuse(args, "--beam", *drawing)
     else:
-        world = open_world(args)
-        out = Path(args.out or "runs") / f"{world.name}-{args.bridge}"
-        evaluate(out if args.eval else train(args.bridge, world, args), world, args)
+        parser.refuse(args, "greedy or drawn captions", "--length-penalty")
+    if not args.sample:
+        parser.refuse(args, "anything but --sample", *drawing, "--grid")
+    if args.compare:
+        parser.refuse(args, "--compare", "--bridge", "--sample", "--eval", "--ckpt")
+    train_gpt2.join_processes()
+    if args.sample:
+        sample(args)
+    elif args.compare:
+        compare(open_setup(args), args)
+    else:
+        setup = open_setup(args)
+        out = run_folder(args.bridge, setup, args)
+        if not args.eval:
+            train(args.bridge, setup, args)
+        evaluate(out, setup, args, args.beam)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,28 @@
 """
-Text on disk: from documents to shards of tokens that a GPT-2 is trained on.
+Text on disk: from documents to shards of tokens on which a GPT-2 is trained.
 
-    python fineweb.py --tokens 1B                             FineWeb-Edu, already tokenised: 2.2 GB of disk (10B: 20 GB)
-    python fineweb.py --text book.txt more.jsonl --out DIR    your own text: .txt, .jsonl and .parquet with a "text" column
+    python fineweb.py --tokens 1B                     FineWeb-Edu: 2.2 GB of disk (10B: 20 GB)
+    python fineweb.py --text book.txt --out DIR       your own .txt, .jsonl or .parquet files
 
-Either way a folder of shards comes out, NAME_train_000001.bin … and NAME_val_000000.bin, for `train_gpt2.py --data DIR`.
-A document begins with <|endoftext|>, and documents follow each other without padding, across the borders of shards too.
+Either way the result is a folder of shards, NAME_train_000001.bin ... and NAME_val_000000.bin,
+for `train_gpt2.py --data DIR`, with tokens.json, which names the tokenizer. Each document begins
+with <|endoftext|>; documents follow each other without padding, across shards too.
 
-Where nothing can be downloaded there is the tiny world, made here in seconds: the English that every Python carries, and
-short documents that describe scenes of coloured shapes, which can also be drawn as pictures.
+Where nothing can be downloaded there is the toy text, made here in seconds: the English that
+every Python installation carries, and short documents about scenes of colored shapes.
 
-The pieces that every file of this project needs stand first: errors, files that are never half-written, downloads.
+Chapters: tokenizers, shards, FineWeb-Edu, your own text, the toy text, command line. Appendix:
+errors, files and downloads, which every file of this project uses.
 """
 import argparse
 import contextlib
 import errno
+import functools
 import hashlib
 import itertools
 import json
+import math
+import multiprocessing
 import os
 import random
 import re
@@ -25,53 +30,538 @@ import shutil
 import signal
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import requests
 import tiktoken
+from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Errors, files, downloads
+# -----------------------------------------------------------------------------
+# Tokenizers
+
+EOT = "<|endoftext|>"  # begins each document
+
+
+@functools.lru_cache
+def get_tokenizer(name):
+    """The tokenizer "gpt2" (50,257 tokens; tiktoken downloads 1.5 MB once) or "tiny" (made here).
+
+    "tiny" has the 256 bytes, one token for each word of the toy scenes (with a leading blank or
+    without, as words are in GPT-2) and <|endoftext|>. In both, <|endoftext|> has the largest id.
+    """
+    if name == "gpt2":
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except requests.RequestException:
+            reason = "GPT-2's vocabulary cannot be downloaded"
+            raise UserError(f"{reason}: connect once, or set TIKTOKEN_CACHE_DIR") from None
+    pieces = [bytes([byte]) for byte in range(256)]
+    for word in [*SCENE_WORDS, "."]:
+        pieces += [piece.encode() for piece in (word, f" {word}") if len(piece) > 1]
+    ranks = {piece: rank for rank, piece in enumerate(pieces)}
+    return tiktoken.Encoding("tiny", pat_str=r" ?[A-Za-z]+(?:-[A-Za-z]+)?| ?\.|[\s\S]",
+                             mergeable_ranks=ranks, special_tokens={EOT: len(pieces)})
+
+
+def encode_document(text, tokenizer):
+    """<|endoftext|> and the tokens of one document, uint16.
+
+    "<|endoftext|>" within the text is plain text. Runs of blanks are encoded by the thousand,
+    because tiktoken fails at a million of them.
+    """
+    tokens = [tokenizer.eot_token]
+    try:
+        for piece in re.split(r"(\s{1000})", text):
+            tokens += tokenizer.encode_ordinary(piece)
+    except UnicodeEncodeError:
+        raise UserError(f"{text[:40]!r}... is not Unicode text: save it as UTF-8") from None
+    return np.array(tokens, dtype=np.uint16)
+
+
+# -----------------------------------------------------------------------------
+# Shards, in llm.c's layout: a header of 256 int32 (magic number, version, number of tokens,
+# zeros), then the tokens as uint16
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_BYTES = 256 * 4
+SHARD_TOKENS = 100_000_000
+
+
+def write_shard(path, tokens):
+    """Write uint16 tokens as one shard, all or nothing."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = (MAGIC, VERSION, len(tokens))
+    with atomic_write(path) as file:
+        file.write(header.tobytes())
+        file.write(np.asarray(tokens, dtype="<u2").tobytes())
+
+
+def read_shard(path):
+    """Memory-map the tokens of a shard (uint16): llm.c's .bin, or the .npy of build-nanogpt.
+
+    Raises UserError when the file is not a shard, or is not as long as its header says.
+    """
+    path = Path(path)
+    if path.suffix == ".npy":
+        try:
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise UserError(f"{path} is not a whole shard ({error}): make it again") from None
+        if tokens.dtype != np.uint16 or tokens.ndim != 1:
+            raise UserError(f"{path} is not a row of uint16 tokens: make it again")
+        return tokens
+    header = np.fromfile(path, dtype="<i4", count=256)
+    if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION:
+        raise UserError(f"{path} is not a shard of tokens: make one with fineweb.py")
+    count = int(header[2])  # int32 would overflow below, at 2^30 tokens
+    if path.stat().st_size != HEADER_BYTES + 2 * count:
+        raise UserError(f"{path} is not as long as its header says: make it again")
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
+
+
+def write_tokens_info(folder, tokenizer, source):
+    """tokens.json: the tokenizer of a folder's shards, "gpt2" or "tiny", and where they are from."""
+    with atomic_write(Path(folder) / "tokens.json", "w") as file:
+        json.dump({"tokenizer": tokenizer, "source": source}, file)
+
+
+def read_tokens_info(folder):
+    """What write_tokens_info() wrote; folders made by others have GPT-2's tokens."""
+    path = Path(folder) / "tokens.json"
+    if not path.exists():
+        return {"tokenizer": "gpt2", "source": "unknown"}
+    info = read_json(path)
+    if not isinstance(info, dict) or info.get("tokenizer") not in ("gpt2", "tiny"):
+        raise UserError(f"{path} does not name the tokenizer gpt2 or tiny: correct it")
+    return info
+
+
+# -----------------------------------------------------------------------------
+# FineWeb-Edu (Penedo et al. 2024): the first 10 B tokens of its sample, tokenized for GPT-2
+
+FINEWEB_REPO = "kjj0/finewebedu10B-gpt2"
+FINEWEB_SHARDS = 99  # 98 of 100 M tokens, and one of 54 M
+
+
+def fetch_fineweb(tokens, folder):
+    """Download the validation shard and as many training shards as `tokens` asks for."""
+    folder = Path(folder)
+    count = min(math.ceil(tokens / SHARD_TOKENS), FINEWEB_SHARDS)
+    names = ["finewebedu_val_000000.bin"]
+    names += [f"finewebedu_train_{number:06d}.bin" for number in range(1, count + 1)]
+    missing = [name for name in names if not (folder / name).exists()]
+    require_space(folder, len(missing) * (HEADER_BYTES + 2 * SHARD_TOKENS))
+    for name in missing:
+        path = hub_download(FINEWEB_REPO, name, repo_type="dataset", local_dir=folder)
+        try:
+            read_shard(path)
+        except UserError:
+            path.unlink()
+            raise
+    write_tokens_info(folder, "gpt2", f"FineWeb-Edu, {FINEWEB_REPO}")
+    print(f"{len(names)} shards are in {folder}")
+
+
+# -----------------------------------------------------------------------------
+# Your own text
+
+
+def read_documents(paths):
+    """Yield the texts of .txt files (one each), .jsonl and .parquet files, in order.
+
+    Raises UserError, naming the place, for bytes that are not UTF-8 and an entry without "text".
+    """
+    readers = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
+    for path in map(Path, paths):
+        if path.suffix.lower() not in readers:
+            raise UserError(f"{path} is not .txt, .jsonl or .parquet: convert or rename it")
+        try:
+            for number, text in enumerate(readers[path.suffix.lower()](path), 1):
+                if not isinstance(text, str):
+                    raise UserError(f'{path}: document {number} has no "text": correct or remove it')
+                if text:
+                    yield text
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 (byte {error.start:,}): convert it") from None
+
+
+def read_txt(path):
+    return [path.read_bytes().decode("utf-8-sig")]  # bytes: line ends stay as they are
+
+
+def read_jsonl(path):
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip():
+                    yield json.loads(line).get("text")
+            except (ValueError, AttributeError, RecursionError):
+                raise UserError(f"{path}: line {number} is not a JSON object: correct it") from None
+
+
+def read_parquet(path):
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{path} needs pyarrow: pip install pyarrow") from None
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        for batch in file.iter_batches(batch_size=1000, columns=["text"]):
+            yield from batch.column(0).to_pylist()
+    except (pyarrow.ArrowException, IndexError):
+        raise UserError(f'{path} is not parquet with a column "text": make it again') from None
+
+
+def split_documents(documents, val_fraction):
+    """Yield (text, is_val): val_fraction of the characters is for validation, up to one document.
+
+    A corpus of fewer than 1 / val_fraction documents, a book for instance, gives its end.
+    """
+    documents = iter(documents)
+    few = math.ceil(1 / val_fraction)
+    first = list(itertools.islice(documents, few))
+    if len(first) < few:
+        wanted = int(sum(map(len, first)) * (1 - val_fraction))  # characters for training
+        for text in first:
+            cut = max(wanted, 0)
+            if cut < len(text):  # between two words, if there is a blank
+                cut = max(text.rfind("\n", 0, cut), text.rfind(" ", 0, cut)) + 1 or cut
+            yield text[:cut], False
+            yield text[cut:], True
+            wanted -= len(text)
+        return
+    total = 0
+    val = 0
+    for text in itertools.chain(first, documents):
+        is_val = val < total * val_fraction
+        total += len(text)
+        val += len(text) * is_val
+        yield text, is_val
+
+
+def text_to_shards(paths, folder, val_fraction=0.01, shard_tokens=SHARD_TOKENS):
+    """Tokenize documents with GPT-2's vocabulary, on all cores, into a new folder of shards.
+
+    Returns the numbers of tokens for training and validation. The folder appears when it is whole.
+    """
+    folder = Path(folder).resolve()
+    get_tokenizer("gpt2")  # fails here, before any work
+    counts = []
+    with new_folder(folder) as building:
+        raw = [building / "train", building / "val"]  # the tokens, before they are cut into shards
+        with open(raw[0], "wb") as train, open(raw[1], "wb") as val:
+            for tokens, is_val in encode_all(split_documents(read_documents(paths), val_fraction)):
+                (val if is_val else train).write(tokens.tobytes())
+        for path, first_number in zip(raw, (1, 0), strict=True):
+            if path.stat().st_size < 4:
+                raise UserError("there is too little text: name files that have some")
+            tokens = np.memmap(path, dtype=np.uint16, mode="r")
+            for i, begin in enumerate(range(0, len(tokens), shard_tokens), first_number):
+                shard = building / f"{folder.name}_{path.name}_{i:06d}.bin"
+                write_shard(shard, tokens[begin : begin + shard_tokens])
+            counts.append(len(tokens))
+            path.unlink()
+        write_tokens_info(building, "gpt2", "own text")
+    print(f"{counts[0]:,} tokens for training, {counts[1]:,} for validation in {folder.name}")
+    return counts
+
+
+def encode_all(documents):
+    """Yield (tokens, is_val) of (text, is_val), in order; some 16 M characters are in memory."""
+    ignore_ctrl_c = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
+    bar = tqdm(unit=" tokens", unit_scale=True, disable=None)
+    with multiprocessing.Pool(**ignore_ctrl_c) as pool, bar:
+        while batch := take_characters(documents, 16_000_000):
+            texts = [text for text, _ in batch]
+            encoded = pool.imap(encode_for_gpt2, texts, chunksize=math.ceil(len(texts) / 64))
+            for tokens, (_, is_val) in zip(encoded, batch, strict=True):
+                bar.update(len(tokens))
+                yield tokens, is_val
+
+
+def take_characters(documents, limit):
+    """The next documents that are not empty, until they have `limit` characters together."""
+    batch = []
+    size = 0
+    while size < limit and (document := next(documents, None)):
+        if document[0]:
+            batch.append(document)
+            size += len(document[0])
+    return batch
+
+
+def encode_for_gpt2(text):
+    """encode_document() in a worker process."""
+    return encode_document(text, get_tokenizer("gpt2"))
+
+
+# -----------------------------------------------------------------------------
+# The toy text: scenes of colored shapes, in words
+#
+# A scene is two to four objects on a grid of 4 x 4 cells. coco_eval.py draws it; here it is
+# described. A language model learns to look things up in its context only where that pays, so a
+# scene document shows first what is there, as a map, and then describes it:
+#
+#     <|endoftext|> . . . . red-circle red-circle . . BLUE-SQUARE BLUE-SQUARE . . ...   the map
+#     red circle top left, blue square top right                            its list, in 60 %
+#     there are two objects                                                 one to five captions
+#     the blue square is at the top right
+#
+# The map says each cell twice, because a cell of a picture will be two of the 32 vision tokens
+# that stand in its place later, and writes large objects in capitals. Color and shape are one
+# word there: with a word each, the decoder had not learned to pair them after 50 s of training.
+
+COLORS = ("red", "green", "blue", "yellow", "pink", "white")
+SHAPES = ("circle", "square", "triangle", "cross")
+SIZES = ("small", "large")
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+GRID = 4
+HELD_OUT_PAIRS = {("red", "cross"), ("blue", "triangle"), ("yellow", "square")}
+
+
+def random_scene(rng, held_out=None):
+    """Draw {"objects": [{"color", "shape", "size", "row", "col"}, ...]} with a random.Random.
+
+    Objects are in reading order and differ in color. held_out: False leaves HELD_OUT_PAIRS out,
+    as in training pictures; True makes sure that the scene has one; None (text) does not care.
+    """
+    while True:
+        number = rng.choice(tuple(NUMBERS))
+        cells = sorted(rng.sample(range(GRID * GRID), number))
+        objects = []
+        for color, cell in zip(rng.sample(COLORS, number), cells, strict=True):
+            thing = {"color": color, "shape": rng.choice(SHAPES), "size": rng.choice(SIZES)}
+            objects.append(thing | {"row": cell // GRID, "col": cell % GRID})
+        if held_out is None or held_out == has_held_out_pair(objects):
+            return {"objects": objects}
+
+
+def has_held_out_pair(objects):
+    """Whether one of the objects has a color and shape that no training picture joins."""
+    return any((thing["color"], thing["shape"]) in HELD_OUT_PAIRS for thing in objects)
+
+
+def object_name(thing):
+    """ "red circle" """
+    return f"{thing['color']} {thing['shape']}"
+
+
+def place(thing):
+    """The quarter of the picture in which an object lies, "top left" for instance."""
+    vertical = "top" if thing["row"] < GRID // 2 else "bottom"
+    horizontal = "left" if thing["col"] < GRID // 2 else "right"
+    return f"{vertical} {horizontal}"
+
+
+def relations(a, b):
+    """Where `a` lies as seen from `b`: one or two of "left", "right", "above", "below"."""
+    found = []
+    if a["col"] != b["col"]:
+        found.append("left" if a["col"] < b["col"] else "right")
+    if a["row"] != b["row"]:
+        found.append("above" if a["row"] < b["row"] else "below")
+    return found
+
+
+def captions(scene, rng):
+    """Five captions of five kinds: count, two objects, a place, a relation, all objects."""
+    objects = scene["objects"]
+    a, b = rng.sample(objects, 2)
+    relation = rng.choice(relations(a, b))
+    if relation in ("left", "right"):
+        beside = f"to its {relation}"
+        toward = f"to the {relation} of"
+    else:
+        beside = f"{relation} it"
+        toward = relation
+    number = NUMBERS[len(objects)]
+    shuffled = rng.sample(objects, len(objects))
+    things = [f"a {thing['size']} {object_name(thing)}" for thing in shuffled]
+    quarter = place(a)
+    a = object_name(a)
+    b = object_name(b)
+    return [
+        rng.choice((f"there are {number} objects", f"{number} objects in a picture")),
+        rng.choice((f"a picture of a {a} and a {b}", f"a {a} and a {b} can be seen")),
+        rng.choice((f"the {a} is at the {quarter}", f"at the {quarter} there is a {a}")),
+        rng.choice((f"a {b} with a {a} {beside}", f"a {a} is {toward} a {b}")),
+        f"{', '.join(things[:-1])} and {things[-1]}",
+    ]
+
+
+def map_word(thing):
+    """ "red-circle", or "RED-CIRCLE" if it is large """
+    word = f"{thing['color']}-{thing['shape']}"
+    return word.upper() if thing["size"] == "large" else word
+
+
+def scene_map(scene):
+    """The scene as 32 words, two for each cell in reading order: the object in it, or "."."""
+    words = ["."] * (GRID * GRID)
+    for thing in scene["objects"]:
+        words[thing["row"] * GRID + thing["col"]] = map_word(thing)
+    return "".join(f" {word} {word}" for word in words)
+
+
+def scene_document(scene, rng):
+    """A scene's map, in 60 % its list, and one to five of its captions, a line each."""
+    lines = [scene_map(scene)]
+    if rng.random() < 0.6:
+        lines.append(", ".join(f"{object_name(o)} {place(o)}" for o in scene["objects"]))
+    lines += rng.sample(captions(scene, rng), rng.randint(1, 5))
+    return "\n".join(lines)
+
+
+MAP_WORDS = [f"{color}-{shape}" for color, shape in itertools.product(COLORS, SHAPES)]
+OTHER_WORDS = """top bottom left right above below there are is objects in a picture of and can be
+    seen the at with to its it""".split()
+SCENE_WORDS = {*COLORS, *SHAPES, *SIZES, *NUMBERS.values(), *MAP_WORDS, *OTHER_WORDS}
+SCENE_WORDS = sorted(SCENE_WORDS | {word.upper() for word in MAP_WORDS})
+
+TOY_BLOCK = 64  # tokens of context of the preset `tiny`
+TOY_SCENE_BLOCKS = 32_000  # four fifths of the text; the rest is English
+
+
+def make_toy_text(folder):
+    """Write the toy text's shards: one for training; English and scenes apart for validation.
+
+    English is pydoc's help topics, the last twentieth for validation. A folder that has the toy
+    text already is left alone; UserError when it has something else.
+    """
+    from pydoc_data.topics import topics  # 0.5 MB, in every Python installation
+
+    folder = Path(folder)
+    if folder.exists():
+        if read_tokens_info(folder)["source"] != "toy text":
+            raise UserError(f"{folder} is not the toy text: rename it, or name it with --data")
+        return
+    tokenizer = get_tokenizer("tiny")
+    english = np.concatenate([encode_document(topics[key], tokenizer) for key in sorted(topics)])
+    border = len(english) * 19 // 20 // TOY_BLOCK * TOY_BLOCK
+    scenes = scene_blocks(TOY_SCENE_BLOCKS, tokenizer, seed=0)
+    with new_folder(folder) as building:
+        write_shard(building / "tiny_train_000001.bin", np.concatenate([scenes, english[:border]]))
+        write_shard(building / "english_val_000000.bin", english[border:])
+        write_shard(building / "scenes_val_000000.bin", scene_blocks(800, tokenizer, seed=1))
+        write_tokens_info(building, "tiny", "toy text")
+
+
+def scene_blocks(number, tokenizer, seed):
+    """Blocks of 64 tokens that begin with a scene document, as one row.
+
+    So its map stands where a picture's tokens will stand later. The last document of a block is
+    cut, as documents are at the end of a context.
+    """
+    rng = random.Random(seed)
+    blocks = []
+    for _ in range(number):
+        block = []
+        while len(block) < TOY_BLOCK:
+            block.extend(encode_document(scene_document(random_scene(rng), rng), tokenizer))
+        blocks.append(block[:TOY_BLOCK])
+    return np.array(blocks, dtype=np.uint16).reshape(-1)
+
+
+# -----------------------------------------------------------------------------
+# Command line
+
+
+def token_count(text):
+    """10B -> 10,000,000,000."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", text.upper())
+    count = float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[match[2]] if match else 0
+    if not 1 <= count <= 10e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 100M, up to 10B")
+    return int(count)
+
+
+def main():
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("--tokens", type=token_count, help="how much of FineWeb-Edu (default: 10B)")
+    parser.add_argument("--text", nargs="+", metavar="FILE", help="tokenize these files instead")
+    parser.add_argument("--val-fraction", type=number(float, 0.001, 0.5),
+                        help="share of --text for validation (default: 0.01)")
+    parser.add_argument("--out", default="data/fineweb_edu", help="folder (default: %(default)s)")
+    args = parser.parse_args()
+    if args.text:
+        parser.refuse(args, "--text", "--tokens")
+        text_to_shards(args.text, args.out, args.val_fraction or 0.01)
+    else:
+        parser.refuse(args, "FineWeb-Edu", "--val-fraction")
+        fetch_fineweb(args.tokens or 10_000_000_000, args.out)
+
+
+# -----------------------------------------------------------------------------
+# Appendix: errors, files, downloads
 
 
 class UserError(Exception):
-    """Something that the user can mend; its text is one line that says what is wrong and what to do about it."""
+    """Something that the user can correct: one line that says what is wrong and what to do."""
 
 
 def command_line(main):
-    """Run main(). A UserError, or a file that the system refuses, becomes one line on stderr and exit code 2; Ctrl-C ends it quietly."""
+    """Run main(); a UserError, or a file that the system refuses, is one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without "×" shows "?" instead
     try:
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.stdout.flush()
+        return
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:                               # a full disk, a read-only folder, a file that is not there
-        what_to_do = "make room" if error.errno == errno.ENOSPC else "check the place, or name another"
-        print(f"error: {error.filename or 'writing'}: {error.strerror or error}: {what_to_do}", file=sys.stderr)
-        sys.exit(2)
+    except BrokenPipeError:  # the reader has gone, as in `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    except UserError as error:
+        message = str(error)
+    except OSError as error:  # a full disk, a read-only folder, ...
+        what_to_do = "make room" if error.errno == errno.ENOSPC else "check it, or name another"
+        message = f"{error.filename or 'writing'}: {error.strerror or error}: {what_to_do}"
+    print("error:", message, file=sys.stderr)
+    sys.exit(2)
 
 
-class Parser(argparse.ArgumentParser):
-    """A command line's flags, told by the file's docstring; a mistake in them is a UserError."""
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, with the file's docstring as the help; a wrong flag is a UserError."""
 
-    def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    def __init__(self, docstring):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=docstring, formatter_class=formatter, allow_abbrev=False)
 
     def error(self, message):
         raise UserError(f"{message} (--help shows the flags)")
 
+    def refuse(self, args, task, *flags):
+        """UserError when one of `flags` was given, which would do nothing for `task`."""
+        for flag in flags:
+            if getattr(args, flag.strip("-").replace("-", "_")) not in (None, False):
+                raise UserError(f"{flag} does nothing for {task}: leave one of them out")
+
+
+def number(kind, low, high=math.inf):
+    """The argparse type of an int or float from `low` to `high`."""
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:,} and {high:,}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names it in its own messages
+    return convert
+
 
 @contextlib.contextmanager
 def atomic_write(path, mode="wb", **options):
-    """Open a temporary file beside `path`; it takes that name only when it is whole and safe on the disk."""
+    """Open a temporary file beside `path`, which takes that name when it is whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if "b" not in mode:
+        options.setdefault("encoding", "utf-8")
     try:
         with open(temporary, mode, **options) as file:
             yield file
@@ -83,22 +573,53 @@ def atomic_write(path, mode="wb", **options):
 
 
 @contextlib.contextmanager
-def only_one(folder):
-    """Within this context no other process gets into it for the same folder, where the system has locks (not on Windows)."""
+def new_folder(folder):
+    """Yield an empty folder beside `folder`, which takes that name when the body is done.
+
+    Raises UserError when `folder` is not empty, or when another process is making it.
+    """
+    folder = Path(folder).resolve()
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty: remove it, or name another folder")
+    building = folder.with_name(folder.name + ".tmp")
+    building.mkdir(parents=True, exist_ok=True)
+    with lock(building):
+        for left_over in building.iterdir():  # of a process that was killed
+            shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+        yield building
+        if folder.exists():
+            folder.rmdir()
+        os.replace(building, folder)
+
+
+@contextlib.contextmanager
+def lock(folder):
+    """Within this context no other process gets the lock of `folder` (Windows: nothing is locked).
+
+    The folder itself is locked, so nothing is left behind, however the process ends.
+    """
     try:
         import fcntl
     except ImportError:
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)                  # the folder itself is locked; the lock goes with the process, however that ends
+    handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another process is at work in {folder}: wait until it ends, or choose another --out") from None
-    try:
         yield
+    except BlockingIOError:
+        raise UserError(f"another process is at work in {folder}: choose another --out") from None
     finally:
         os.close(handle)
+
+
+def read_json(path):
+    """What a JSON file holds; UserError when it is not whole."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        reason = str(error)[:50]
+        raise UserError(f"{path} is not whole JSON ({reason}): make it again") from None
 
 
 def require_space(folder, size):
@@ -108,80 +629,73 @@ def require_space(folder, size):
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise UserError(f"{size / 1e6:,.1f} MB are needed in {folder} and {free / 1e6:,.1f} MB are free: make room, or choose another folder")
+        needed = f"{size / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free"
+        raise UserError(f"{folder}: {needed}: make room, or choose another folder")
 
 
-MIRROR = "GPT2_CAPTION_MIRROR"     # this environment variable replaces https://<host> in every address that is downloaded
-
-
-def request(url, **options):
-    """GET `url`, or the same path at the mirror. Answers of 400 to 499 are a UserError: asking again would not help."""
-    mirror = os.environ.get(MIRROR)
-    if mirror:
-        url = mirror.rstrip("/") + "/" + url.split("://", 1)[1].split("/", 1)[1]
-    answer = requests.get(url, timeout=30, **options)
-    if 400 <= answer.status_code < 500 and answer.status_code not in (408, 416, 429):
-        raise UserError(f"{url} answered {answer.status_code} {answer.reason}: fetch the file by other means, or set {MIRROR} to a mirror's address")
-    if answer.status_code != 416:
-        answer.raise_for_status()
-    return answer
+def hub_download(repo, name, **options):
+    """The path of a file of the Hugging Face hub, cached in HF_HOME, or in local_dir if given."""
+    huggingface_hub.utils.logging.set_verbosity_error()  # it would report each failed try
+    try:
+        return Path(huggingface_hub.hf_hub_download(repo, name, **options))
+    except OSError as error:  # no network, no such file, a full disk
+        reason = f"{repo}/{name} cannot be downloaded ({type(error).__name__})"
+        raise UserError(f"{reason}: check the network, or set HF_ENDPOINT to a mirror") from None
 
 
 def download(url, path, size=None, digest=None, tries=5):
-    """Fetch `url` into `path`, which appears only when it is whole: an interrupted download goes on where it stopped.
+    """Download `url` to `path`; what was interrupted goes on where it stopped. Returns the path.
 
-    size:    bytes, checked when given; so is the room on the disk.
-    tries:   how often in a row it may fail without any progress.
-    digest:  MD5 (32 hexadecimal digits) or SHA-256 (64), checked when given.
-    Returns the path. Raises UserError when there is no network, or when what came is not the file that was asked for.
+    size: bytes, and digest: MD5 or SHA-256 in hexadecimal, are checked when given. tries: how often
+    in a row it may fail without progress. Raises UserError without a network, or for a wrong file.
     """
     path = Path(path)
-    if path.exists() and size in (None, path.stat().st_size):
+    if path.exists() and (size is None or size == path.stat().st_size):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    if size:
-        require_space(path.parent, size - (part.stat().st_size if part.exists() else 0))
     failures = 0
-    while failures < tries:
-        before = part.stat().st_size if part.exists() else 0
+    while True:
+        part.touch()
+        before = part.stat().st_size
+        require_space(path.parent, (size or 0) - before)
         try:
-            _fetch(url, part, path.name)
+            fetch_rest(url, part)
             break
-        except requests.RequestException as error:         # no network, a broken line, 5xx: wait 1, 2, 4, … seconds
-            failures = 1 if part.exists() and part.stat().st_size > before else failures + 1
+        except requests.RequestException:  # no network, a broken line, 5xx
+            failures = 0 if part.stat().st_size > before else failures + 1
             if failures == tries:
-                raise UserError(f"{url} cannot be reached ({type(error).__name__}): check the network, or put the file at {path} yourself") from None
-            time.sleep(2 ** (failures - 1))
-    whole = part.stat().st_size
-    if size and whole != size or digest and file_digest(part, digest) != digest:
+                reason = f"{url} cannot be reached"
+                raise UserError(f"{reason}: check the network, or put it at {path}") from None
+            time.sleep(2**failures)
+    if (size and size != part.stat().st_size) or (digest and file_digest(part, digest) != digest):
         part.unlink()
-        raise UserError(f"{url} sent a file of {whole:,} bytes that is not the expected one: run the command again, or put the right file at {path}")
+        raise UserError(f"{url} is not the expected file: try again, or put it at {path}")
     os.replace(part, path)
     return path
 
 
-def _fetch(url, part, name):
-    done = part.stat().st_size if part.exists() else 0
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={done}-"} if done else {})
-    with request(url, stream=True, headers=headers) as answer:
-        if answer.status_code == 416:                      # nothing lies behind what we have; the caller checks it
+def fetch_rest(url, part):
+    """Append to `part` what is missing of `url`; requests.RequestException when the line breaks."""
+    done = part.stat().st_size
+    headers = {"Accept-Encoding": "identity", "Range": f"bytes={done}-"}
+    with requests.get(url, stream=True, headers=headers, timeout=30) as answer:
+        if answer.status_code == 416:  # nothing is missing
             return
-        if answer.status_code != 206:                      # the server does not know ranges and begins anew
+        if answer.status_code in (401, 403, 404, 410):
+            raise UserError(f"{url} answered {answer.status_code}: get the file by other means")
+        answer.raise_for_status()
+        if answer.status_code != 206:  # the server begins anew
             done = 0
         total = done + int(answer.headers.get("Content-Length", 0))
-        began, before, shown = time.time(), done, 0.0
-        with open(part, "ab" if done else "wb") as file:
+        bar = tqdm(desc=part.stem, initial=done, total=total, unit="B", unit_scale=True,
+                   disable=None)  # None: silent where stderr is not a terminal
+        with open(part, "ab" if done else "wb") as file, bar:
             for chunk in answer.iter_content(1 << 16):
                 file.write(chunk)
-                done += len(chunk)
-                now = time.time()
-                if now - shown > 0.2 or done == total:
-                    rate, shown = (done - before) / max(now - began, 1e-3), now
-                    print(f"\r{name}  {done / 1e6:,.1f} of {total / 1e6:,.1f} MB  {rate / 1e6:.1f} MB/s ", end="", flush=True)
-        print()
-        if done < total:                                   # requests itself does not notice a line that broke off
-            raise requests.ConnectionError(f"{done} of {total} bytes")
+                bar.update(len(chunk))
+    if part.stat().st_size < total:  # requests does not notice it
+        raise requests.ConnectionError(f"the line broke before {total:,} bytes")
 
 
 def file_digest(path, like):
@@ -191,437 +705,6 @@ def file_digest(path, like):
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The shapes world: scenes of coloured shapes, told in words
-#
-# A scene is two to four objects on a grid of 4 × 4 cells. A language model learns
-# to look things up in its context only where that pays, so a scene document shows first what is there, then tells it:
-#
-#     <|endoftext|> . . . . red-circle red-circle . . BLUE-SQUARE BLUE-SQUARE . . …        map: 16 cells in reading order
-#     red circle top left, blue square top right                                            list: in six documents of ten
-#     there are two objects                                                                 one to five captions
-#     the blue square is at the top right
-#
-# A cell is said twice because it will be two of the 32 vision tokens of a picture, and a large object is in capitals.
-# One word for colour and shape together: with a word each, the decoder had not learnt to pair them after 50 s of training.
-
-COLOURS = ("red", "green", "blue", "yellow", "pink", "white")
-SHAPES = ("circle", "square", "triangle", "cross")
-SIZES = ("small", "large")
-NUMBERS = {2: "two", 3: "three", 4: "four"}
-GRID = 4
-UNSEEN = {("red", "cross"), ("blue", "triangle"), ("yellow", "square")}      # pairs that no training picture shows
-
-
-def random_scene(rng, unseen=None):
-    """Draw a scene with random.Random `rng`: {"objects": [{"colour", "shape", "size", "row", "col"}, …]}, in reading order.
-
-    The colours within a scene differ, so "the red circle" is one object. unseen: False leaves out the pairs in UNSEEN, as in
-    training pictures; True makes sure that one is there; None (text) does not mind.
-    """
-    while True:
-        number = rng.choice(tuple(NUMBERS))
-        cells = sorted(rng.sample(range(GRID * GRID), number))
-        objects = [{"colour": colour, "shape": rng.choice(SHAPES), "size": rng.choice(SIZES), "row": cell // GRID, "col": cell % GRID}
-                   for colour, cell in zip(rng.sample(COLOURS, number), cells)]
-        if unseen is None or unseen == any((o["colour"], o["shape"]) in UNSEEN for o in objects):
-            return {"objects": objects}
-
-
-def name(thing):
-    """"red circle"."""
-    return f"{thing['colour']} {thing['shape']}"
-
-
-def place(thing):
-    """The quarter of the picture that an object lies in: "top left", "top right", "bottom left" or "bottom right"."""
-    return f"{'top' if thing['row'] < GRID // 2 else 'bottom'} {'left' if thing['col'] < GRID // 2 else 'right'}"
-
-
-def relations(a, b):
-    """How `a` lies as seen from `b`: one or two of "left", "right", "above", "below"."""
-    across = ["left"] * (a["col"] < b["col"]) + ["right"] * (a["col"] > b["col"])
-    return across + ["above"] * (a["row"] < b["row"]) + ["below"] * (a["row"] > b["row"])
-
-
-def captions(scene, rng):
-    """Five captions that tell five different things: how many, which two, where one is, how two lie, and all with sizes."""
-    objects = scene["objects"]
-    a, b = rng.sample(objects, 2)
-    relation = rng.choice(relations(a, b))
-    beside = f"to its {relation}" if relation in ("left", "right") else f"{relation} it"
-    towards = f"to the {relation} of" if relation in ("left", "right") else relation
-    number = NUMBERS[len(objects)]
-    things = [f"a {thing['size']} {name(thing)}" for thing in rng.sample(objects, len(objects))]
-    return [
-        rng.choice((f"there are {number} objects", f"{number} objects in a picture")),
-        rng.choice((f"a picture of a {name(a)} and a {name(b)}", f"a {name(a)} and a {name(b)} can be seen")),
-        rng.choice((f"the {name(a)} is at the {place(a)}", f"at the {place(a)} there is a {name(a)}")),
-        rng.choice((f"a {name(b)} with a {name(a)} {beside}", f"a {name(a)} is {towards} a {name(b)}")),
-        f"{', '.join(things[:-1])} and {things[-1]}",
-    ]
-
-
-def map_word(thing):
-    """"red-circle", or "RED-CIRCLE" if it is large."""
-    word = f"{thing['colour']}-{thing['shape']}"
-    return word.upper() if thing["size"] == "large" else word
-
-
-def scene_map(scene):
-    """The scene as 32 words, two for each cell in reading order: the object there, or "."."""
-    cells = {(o["row"], o["col"]): map_word(o) for o in scene["objects"]}
-    return "".join(2 * f" {cells.get((row, col), '.')}" for row in range(GRID) for col in range(GRID))
-
-
-def scene_document(scene, rng):
-    """A scene's map, in six of ten documents its list, and one to five of its captions in any order, a line each."""
-    lines = [scene_map(scene)]
-    if rng.random() < 0.6:
-        lines.append(", ".join(f"{name(o)} {place(o)}" for o in scene["objects"]))
-    return "\n".join(lines + rng.sample(captions(scene, rng), rng.randint(1, 5)))
-
-
-def questions(scene, rng):
-    """For each kind of fact the beginning of a caption that has to state it next: {"count", "objects", "place", "relation"}."""
-    a, b = rng.sample(scene["objects"], 2)
-    return {"count": "there are", "objects": "a picture of a", "place": f"the {name(a)} is at the", "relation": f"a {name(b)} with a {name(a)}"}
-
-
-_THING = rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
-_SIZED = re.compile(rf"(?:({'|'.join(SIZES)}) )?{_THING}")
-_COUNT = re.compile(rf"\b({'|'.join(NUMBERS.values())}) objects")
-_PLACE = re.compile(rf"the {_THING} is at the (\w+ \w+)|at the (\w+ \w+) there is a {_THING}")
-_RELATION = re.compile(rf"a {_THING} with a {_THING} (?:to its )?(left|right|above|below)|a {_THING} is (?:to the )?(left|right|above|below)(?: of)? a {_THING}")
-
-
-def facts(caption, scene):
-    """Which facts a caption states, and whether they hold: {"count", "objects", "place", "relation"}, each True, False or None (not stated).
-
-    objects: every object that is named is there, with its size where that is named. place and relation need their objects too.
-    """
-    things = {name(o): o for o in scene["objects"]}
-    stated = dict.fromkeys(("count", "objects", "place", "relation"))
-    if found := _COUNT.search(caption):
-        stated["count"] = found[1] == NUMBERS[len(things)]
-    if named := _SIZED.findall(caption):
-        stated["objects"] = all(f"{c} {s}" in things and z in ("", things[f"{c} {s}"]["size"]) for z, c, s in named)
-    if found := _PLACE.search(caption):
-        c, s, where = (found[1], found[2], found[3]) if found[1] else (found[5], found[6], found[4])
-        stated["place"] = f"{c} {s}" in things and place(things[f"{c} {s}"]) == where
-    if found := _RELATION.search(caption):
-        b, a, relation = (found.group(1, 2), found.group(3, 4), found[5]) if found[1] else (found.group(9, 10), found.group(6, 7), found[8])
-        a, b = things.get(" ".join(a)), things.get(" ".join(b))
-        stated["relation"] = a is not None and b is not None and relation in relations(a, b)
-    return stated
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokens
-
-EOT = "<|endoftext|>"
-_MAP_WORDS = [map_word({"colour": colour, "shape": shape, "size": size}) for colour in COLOURS for shape in SHAPES for size in SIZES]
-_OTHER_WORDS = "top bottom left right above below there are is objects in a picture of and can be seen the at with to its it".split()
-WORDS = sorted({*COLOURS, *SHAPES, *SIZES, *NUMBERS.values(), *_MAP_WORDS, *_OTHER_WORDS})
-
-
-def get_tokenizer(which):
-    """The tokenizer "gpt2" (50,257 tokens; tiktoken fetches its 1.5 MB once) or "tiny" (made here: bytes and the words above).
-
-    In "tiny" a word of the shapes world is one token, with a blank before it or without, as words are in GPT-2; other text is
-    spelled in bytes. <|endoftext|> has the largest id in both.
-    """
-    if which == "gpt2":
-        try:
-            return tiktoken.get_encoding("gpt2")
-        except requests.RequestException:
-            raise UserError("the GPT-2 vocabulary cannot be fetched: connect once, or let TIKTOKEN_CACHE_DIR name a folder that has it") from None
-    pieces = [bytes([byte]) for byte in range(256)] + [(blank + word).encode() for word in [*WORDS, "."] for blank in ("", " ") if len(blank + word) > 1]
-    return tiktoken.Encoding("tiny", pat_str=r" ?[A-Za-z]+(?:-[A-Za-z]+)?| ?\.|[\s\S]", mergeable_ranks={piece: rank for rank, piece in enumerate(pieces)},
-                             special_tokens={EOT: len(pieces)})
-
-
-def encode_document(text, tokenizer):
-    """<|endoftext|> and the tokens of one document, uint16. Text that looks like a special token is taken as plain text."""
-    try:
-        return np.array([tokenizer.eot_token, *tokenizer.encode_ordinary(text)], dtype=np.uint16)
-    except UnicodeEncodeError:
-        raise UserError(f"a document has characters that are no text (near {text[:40]!r}): save it as UTF-8") from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Shards: llm.c's layout, a header of 256 int32 (magic, version, number of tokens, 0 …), then the tokens as uint16
-
-MAGIC, VERSION, HEADER = 20240520, 1, 256 * 4
-SHARD_TOKENS = 100_000_000
-
-
-def write_shard(path, tokens):
-    """Write uint16 tokens as one shard, all or nothing."""
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = MAGIC, VERSION, len(tokens)
-    with atomic_write(path) as file:
-        file.write(header.tobytes())
-        file.write(np.asarray(tokens, dtype="<u2").tobytes())
-
-
-def read_shard(path):
-    """Map a shard's tokens as a uint16 array without reading them: llm.c's .bin, or the .npy of build-nanogpt.
-
-    Raises UserError when the file is no shard, or does not hold as many tokens as its header says.
-    """
-    path = Path(path)
-    if path.suffix == ".npy":
-        try:
-            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
-            raise UserError(f"{path} is not a whole shard ({error}): fetch or make it again") from None
-        if tokens.dtype != np.uint16 or tokens.ndim != 1:
-            raise UserError(f"{path} is not a shard of uint16 tokens but {tokens.dtype} {tokens.shape}: make it again")
-        return tokens
-    header = np.fromfile(path, dtype="<i4", count=256)
-    if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION:
-        raise UserError(f"{path} is not a shard of tokens (version {VERSION}): point to a folder made by fineweb.py")
-    if path.stat().st_size != HEADER + 2 * header[2]:
-        raise UserError(f"{path} has {path.stat().st_size:,} bytes where its header says {HEADER + 2 * header[2]:,}: fetch or make it again")
-    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER, shape=(int(header[2]),))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The tiny world
-
-TINY_BLOCK = 64            # tokens of context of the preset `tiny`
-TINY_SCENES = 32_000       # blocks of scene documents: four fifths of the text, one fifth is English
-
-
-def make_tiny(folder):
-    """Write the tiny world's shards into `folder`: one for training, and English and scenes apart for validation.
-
-    Each block of 64 tokens begins with a scene, so that its map stands where a picture's tokens will stand later; the last
-    scene of a block is cut, as documents are at the end of a context. English: pydoc's help topics, the last twentieth for validation.
-    """
-    from pydoc_data.topics import topics                   # 0.5 MB of Python's own documentation, in every installation
-    folder, tokenizer = Path(folder), get_tokenizer("tiny")
-    texts = [topics[topic] for topic in sorted(topics)]
-    english = np.concatenate([encode_document(text, tokenizer) for text in texts])
-    border = len(english) * 19 // 20 // TINY_BLOCK * TINY_BLOCK
-    shards = {"english_val_000000.bin": english[border:], "scenes_val_000000.bin": _scene_blocks(800, tokenizer, seed=1),
-              "tiny_train_000001.bin": np.concatenate([_scene_blocks(TINY_SCENES, tokenizer, seed=0), english[:border]])}
-    for file, tokens in shards.items():
-        write_shard(folder / file, tokens)
-
-
-def _scene_blocks(number, tokenizer, seed):
-    rng, blocks = random.Random(seed), []
-    for _ in range(number):
-        block = []
-        while len(block) < TINY_BLOCK:
-            block.extend(encode_document(scene_document(random_scene(rng), rng), tokenizer))
-        blocks.append(block[:TINY_BLOCK])
-    return np.array(blocks, dtype=np.uint16).reshape(-1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Your own text
-
-
-def read_documents(paths):
-    """Yield the documents of .txt files (one each), .jsonl ("text" in each line) and .parquet (a column "text"), in order."""
-    for path in map(Path, paths):
-        try:
-            if path.suffix == ".parquet":
-                yield from _read_parquet(path)
-            elif path.suffix == ".jsonl":
-                with open(path, encoding="utf-8") as file:
-                    for number, line in enumerate(file, 1):
-                        if line.strip():
-                            yield _text_of(line, f"{path} line {number}")
-            elif path.suffix == ".txt":
-                yield path.read_bytes().decode("utf-8")    # bytes: line ends stay as they are
-            else:
-                raise UserError(f"{path} is neither .txt, .jsonl nor .parquet: convert or rename it")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text (byte {error.start:,}): convert it first") from None
-
-
-def _text_of(line, where):
-    try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError):
-        text = None
-    if not isinstance(text, str):
-        raise UserError(f'{where} is no JSON object with a string "text": mend or remove the line')
-    return text
-
-
-def _read_parquet(path):
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{path} needs pyarrow: pip install pyarrow") from None
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1000, columns=["text"]):
-            yield from batch.column(0).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is no parquet file with a column \"text\" ({str(error).splitlines()[0]}): make it again") from None
-
-
-def text_to_shards(paths, folder, val_fraction=0.01, shard_tokens=SHARD_TOKENS):
-    """Tokenise documents with the GPT-2 vocabulary on all cores into shards NAME_{train,val}_NNNNNN.bin; NAME is the folder's.
-
-    Every 1/val_fraction-th document is for validation; where there are not as many, the end of each is, from a line break on.
-    The folder appears when it is whole. Returns {"train": tokens, "val": tokens}.
-    """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty: remove it, or choose another --out")
-    get_tokenizer("gpt2")                                  # if it cannot be had, that is said at once
-    building = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(building, ignore_errors=True)
-    shards = {"train": _Shards(building, f"{folder.name}_train", 1, shard_tokens), "val": _Shards(building, f"{folder.name}_val", 0, shard_tokens)}
-    documents, every = _split_few(read_documents(paths), round(1 / val_fraction) if val_fraction else 0)
-    number, began = 0, time.time()
-    with ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:       # Ctrl-C is for us, not for each of them
-        for batch in _map_in_order(pool, encode_documents, _batches(documents)):
-            for tokens in batch:
-                shards["val" if every and number % every == 1 else "train"].add(tokens)
-                number += 1
-            total = shards["train"].total + shards["val"].total
-            print(f"\r{number:,} documents  {total / 1e6:,.2f} M tokens  {total / (time.time() - began) / 1e6:.2f} M tokens/s ", end="", flush=True)
-    for split in shards.values():
-        split.finish()
-    print(f"\r{number:,} documents: {shards['train'].total:,} tokens for training, {shards['val'].total:,} for validation, in {folder}")
-    if folder.exists():
-        folder.rmdir()
-    os.replace(building, folder)
-    return {split: writer.total for split, writer in shards.items()}
-
-
-def _split_few(documents, every):
-    """The documents; where there are too few for one to be for validation, each is cut at a line break near its end, and `every` is 2."""
-    head = list(itertools.islice(documents, every + 1 if every else 1))
-    if not any(head):
-        raise UserError("there is no document in these files: name files that have text")
-    if not every or len(head) > every:
-        return itertools.chain(head, documents), every
-    halves = []
-    for text in head:
-        at = len(text) * (every - 1) // every
-        cut = text.rfind("\n", 0, at) + 1 or at
-        halves += [text[:cut], text[cut:]]
-    return iter(halves), 2
-
-
-def _batches(documents, characters=1_000_000):
-    batch, size = [], 0
-    for text in documents:
-        batch.append(text)
-        size += len(text)
-        if size >= characters:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _map_in_order(pool, function, items):
-    waiting = []
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) == 2 * os.cpu_count():             # enough to keep all busy, few enough for any memory
-            yield waiting.pop(0).result()
-    yield from (future.result() for future in waiting)
-
-
-def encode_documents(texts):
-    """Documents as encode_document() gives them, with GPT-2's vocabulary."""
-    tokenizer = get_tokenizer("gpt2")
-    return [encode_document(text, tokenizer) for text in texts]
-
-
-class _Shards:
-    """Collects tokens and writes a shard whenever there are enough for one."""
-
-    def __init__(self, folder, name, number, size):
-        self.folder, self.name, self.number, self.size = folder, name, number, size
-        self.parts, self.held, self.total = [], 0, 0
-
-    def add(self, tokens):
-        self.parts.append(tokens)
-        self.held += len(tokens)
-        self.total += len(tokens)
-        while self.held >= self.size:
-            self._write(self.size)
-
-    def finish(self):
-        if self.held:
-            self._write(self.held)
-
-    def _write(self, count):
-        tokens = np.concatenate(self.parts)
-        write_shard(self.folder / f"{self.name}_{self.number:06d}.bin", tokens[:count])
-        self.parts, self.held, self.number = [tokens[count:]], len(tokens) - count, self.number + 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# FineWeb-Edu: the first 10 B tokens of the sample, already tokenised for GPT-2 by others
-
-FINEWEB = "kjj0/finewebedu10B-gpt2"
-HUB = "https://huggingface.co"
-
-
-def fetch_fineweb(tokens, folder):
-    """Fetch the validation shard and as many training shards of 100 M tokens as `tokens` asks for; whole ones are skipped."""
-    folder = Path(folder)
-    names = _list_hub(folder)
-    val, train = [n for n in names if "_val_" in n], [n for n in names if "_train_" in n][:-(-tokens // SHARD_TOKENS)]
-    missing = [n for n in val + train if not (folder / n).exists()]
-    require_space(folder, sum(names[n][0] for n in missing))
-    for number, file in enumerate(val + train, 1):
-        download(f"{HUB}/datasets/{FINEWEB}/resolve/main/{file}", folder / file, *names[file])
-        try:
-            read_shard(folder / file)
-        except UserError:
-            (folder / file).unlink()
-            raise
-        print(f"{number} of {len(val) + len(train)} shards are in {folder}")
-
-
-def _list_hub(folder):
-    """{name of a shard: (its size in bytes, its SHA-256 if the hub tells)}."""
-    url = f"{HUB}/api/datasets/{FINEWEB}/tree/main"
-    try:
-        shards = sorted((entry for entry in request(url).json() if entry["path"].endswith(".bin")), key=lambda entry: entry["path"])
-        return {shard["path"]: (int(shard["size"]), shard.get("lfs", {}).get("oid")) for shard in shards}
-    except (requests.RequestException, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{url} gives no list of shards ({type(error).__name__}): check the network, or put the .bin files of "
-                        f"{HUB}/datasets/{FINEWEB} into {folder} yourself") from None
-
-
-def _count(text):
-    """10B → 10,000,000,000."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", text.upper())
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens such as 100M or 10B")
-    return int(float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[match[2]])
-
-
-def main():
-    """The commands at the top of this file."""
-    parser = Parser(__doc__)
-    parser.add_argument("--tokens", type=_count, default="10B", help="how much of FineWeb-Edu: 100M to 10B")
-    parser.add_argument("--text", nargs="+", metavar="FILE", help="tokenise these files instead")
-    parser.add_argument("--val-fraction", type=float, default=0.01, help="share of the documents for validation")
-    parser.add_argument("--out", default="data/fineweb_edu", help="folder of the shards")
-    args = parser.parse_args()
-    if not 0 <= args.val_fraction <= 0.5:
-        raise UserError(f"--val-fraction {args.val_fraction} is not between 0 and 0.5")
-    if args.text:
-        text_to_shards(args.text, args.out, args.val_fraction)
-    else:
-        fetch_fineweb(args.tokens, args.out)
 
 
 if __name__ == "__main__":

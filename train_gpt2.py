@@ -1,29 +1,30 @@
 """
-GPT-2 from scratch: the model, its training, its samples.
+GPT-2 from scratch: the model, how it is trained, and what can be done with it.
 
-    python train_gpt2.py                                     train: the tiny world on a laptop (2 minutes), or the 124M on a GPU
-    python train_gpt2.py --sample "Once upon a time"         continue a text
-    python train_gpt2.py --eval                              validation loss and HellaSwag
-    python train_gpt2.py --export-hf DIR                     a folder that transformers loads
-    python train_gpt2.py --bench [--preset gpt2]             tokens/s, memory, and the time of a full run on this machine
-    torchrun --nproc_per_node=8 train_gpt2.py …              the same run on eight GPUs
+    python train_gpt2.py                              train: toy data on a CPU, the 124M on a GPU
+    python train_gpt2.py --sample "Once upon a time"  continue a text
+    python train_gpt2.py --eval                       validation loss and HellaSwag
+    python train_gpt2.py --export-hf DIR              a folder that transformers loads
+    torchrun --nproc_per_node=8 train_gpt2.py ...     the same run on eight GPUs
 
-The same command continues a run that was interrupted. A run lives in runs/<preset>/: ckpt.pt, log.csv, curves.png, samples.txt.
+The same command continues an interrupted run. A run lives in runs/<preset>/: ckpt.pt, log.csv,
+curves.png, samples.txt.
 
-Chapters: the model (all of GPT-2) · OpenAI's weights · data · recipes · the machine · evaluation · a run's folder · the training run ·
-how fast is it here · commands. caption.py trains its bridges in the same loop.
+Chapters: 1 the model, 2 generation, 3 data, 4 the recipe, 5 training; then 6 evaluation, 7 using a
+model. Appendix A: devices and processes, appendix B: the folder of a run. Chapters 1 to 5 are what
+an evening is for; the rest may be looked up.
 
-Letters beside the code: B batch, T time (tokens), C width, nh heads, hs head size, V vocabulary, P prefix.
-GPT-2: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; the recipe: Brown et al. 2020 (GPT-3), appendix B.
+Letters beside the code: B batch, T time (tokens), C width, nh heads, hs head size, V vocabulary,
+P prefix, N targets of a row. GPT-2: Radford et al. 2019, "Language Models are Unsupervised
+Multitask Learners"; its training: Brown et al. 2020 (GPT-3), appendix B.
 """
-import argparse
-import atexit
 import codecs
 import contextlib
 import csv
 import dataclasses
 import datetime
 import functools
+import hashlib
 import json
 import math
 import os
@@ -33,7 +34,6 @@ import re
 import shlex
 import signal
 import sys
-import tempfile
 import time
 import zipfile
 import zlib
@@ -43,109 +43,107 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as distributed
+import torch.distributed as dist
 import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 import fineweb
 import hellaswag
-from fineweb import UserError
+from fineweb import UserError, number
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model
+# -----------------------------------------------------------------------------
+# 1. The model
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT-2."""
-    block_size: int = 1024        # T at most
-    vocab_size: int = 50257       # V, rows of the token table
+    block_size: int = 1024  # the longest context, in tokens
+    vocab_size: int = 50257  # rows of the token table
     n_layer: int = 12
     n_head: int = 12
-    n_embd: int = 768             # C
-    init_std: float = 0.02        # Radford et al. 2018, section 4.1
-    vocab_padding: int = 0        # the last rows that are no tokens: a rounder V makes faster matrix products; they are never emitted
+    n_embd: int = 768
+    init_std: float = 0.02
+    vocab_padding: int = 0  # the last rows that are no tokens: 50,304 = 393 * 128 is faster
 
-
-PRESETS = {                      # T,   V, layers, heads, C
-    "tiny":        GPTConfig(fineweb.TINY_BLOCK, 448, 4, 4, 128, init_std=0.06, vocab_padding=17),           #   0.9 M parameters
-    "small":       GPTConfig(256, 50304, 4, 4, 256, init_std=0.04, vocab_padding=47),                        #    16 M, for real text on a CPU
-    "gpt2":        GPTConfig(1024, 50304, 12, 12, 768, vocab_padding=47),                                    #   124 M
-    "gpt2-medium": GPTConfig(1024, 50304, 24, 16, 1024, vocab_padding=47),                                   #   355 M
-    "gpt2-large":  GPTConfig(1024, 50304, 36, 20, 1280, vocab_padding=47),                                   #   774 M
-    "gpt2-xl":     GPTConfig(1024, 50304, 48, 25, 1600, vocab_padding=47),                                   # 1,558 M
-}
-
-
-class KeyValues:
-    """The keys and values that one layer has computed so far, so that generation does not compute them again."""
-
-    def __init__(self):
-        self.k = self.v = None                                                   # (B, nh, T so far, hs)
-
-    def extend(self, k, v):
-        if self.k is not None:
-            k, v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
-        self.k, self.v = k, v
-        return k, v
+    @property
+    def n_vocab(self):
+        return self.vocab_size - self.vocab_padding
 
 
 class CausalSelfAttention(nn.Module):
-    """Vaswani et al. 2017, section 3.2, with as many heads as fit side by side into C."""
+    """Multi-head attention (Vaswani et al. 2017, section 3.2): nh heads side by side."""
 
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v of all heads
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, mask=None, cache=None):
         B, T, C = x.shape
-        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))   # (B, nh, T, hs)
+        nh = self.n_head
+        q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
+        q = q.view(B, T, nh, C // nh).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, nh, C // nh).transpose(1, 2)
+        v = v.view(B, T, nh, C // nh).transpose(1, 2)
         if cache is not None:
-            k, v = cache.extend(k, v)
-        y = attention(q, k, v, mask, is_causal=mask is None and T > 1)            # (B, nh, T, hs)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+            k, v = cache.extend(k, v)  # (B, nh, all so far, hs)
+        y = attention(q, k, v, mask, is_causal=mask is None and T > 1)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        return self.c_proj(y)
 
 
 def attention(q, k, v, mask=None, is_causal=False):
-    """softmax(q kᵀ / √hs) v, fused (FlashAttention on GPUs), so that the (T, T) weights are never stored. Shapes (B, nh, T, hs)."""
-    if q.device.type == "cpu" and q.size(2) < 512:         # there bf16's backward pass is slow on short sequences: 8.7 ms against 1.8 at T = 64
+    """Each query's mean of the values, weighted by how well it matches their keys: (B, nh, T, hs).
+
+        weights = q @ k.transpose(-2, -1) / math.sqrt(hs)              # (B, nh, T, T)
+        weights = weights.masked_fill(~mask, -math.inf)                # causal mask: not the future
+        y = weights.softmax(dim=-1) @ v
+
+    FlashAttention (Dao et al. 2022) computes the same in tiles and never stores the weights;
+    PyTorch chooses it on GPUs. test_decoder_equals_a_plain_float64_one
+    """
+    if q.device.type == "cpu" and q.size(2) < 512:
+        # bf16 is slow here on short sequences: 8.7 ms forward and backward, 1.8 in fp32 at T = 64
         with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=is_causal)
+            q, k, v = q.float(), k.float(), v.float()
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
 
 
 class MLP(nn.Module):
-    """Two linear layers with GELU between them (Hendrycks & Gimpel 2016, in the tanh form that GPT-2 uses)."""
-
-    def __init__(self, config):
+    def __init__(self, n_embd):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = nn.Linear(n_embd, 4 * n_embd)
+        self.c_proj = nn.Linear(4 * n_embd, n_embd)
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))             # (B, T, 4C) in between
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # GPT-2 has the tanh approximation
+        return self.c_proj(x)
 
 
 class Block(nn.Module):
-    """Attention gathers from other positions, the MLP thinks about what came; each adds to the residual stream x."""
+    """Attention gathers from other positions, the MLP works on each; both add to x (pre-norm)."""
 
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config.n_embd)
 
     def forward(self, x, mask=None, cache=None):
         x = x + self.attn(self.ln_1(x), mask, cache)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
 
 
 class GPT(nn.Module):
-    """GPT-2, with OpenAI's tensor names. The steps embed, decode, logits and loss can be taken one by one by other files."""
+    """GPT-2, with OpenAI's names of tensors. embed, decode, logits and loss are its steps."""
 
     def __init__(self, config):
         super().__init__()
@@ -154,8 +152,10 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5)
-        for name, p in self.named_parameters():            # LayerNorms stay at 1 and 0
-            if name.endswith("c_proj.weight"):             # 2 · n_layer of them add up in the residual stream (Radford et al. 2019, section 2.3)
+        # weight tying: there is no separate head, logits() uses the token table (Press & Wolf 2017)
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                # 2 * n_layer of these add up in x, so they start smaller (GPT-2, section 2.3)
                 nn.init.normal_(p, std=config.init_std / math.sqrt(2 * config.n_layer))
             elif p.dim() == 2:
                 nn.init.normal_(p, std=config.init_std)
@@ -163,1082 +163,1399 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def embed(self, idx, positions=None):
-        """Token ids (B, T) to vectors (B, T, C). positions: (T,) or (B, T), by default 0 … T - 1."""
+        """Token ids (B, T) to vectors (B, T, C). positions: (T,) or (B, T), default 0 ... T - 1."""
         if positions is None:
             positions = torch.arange(idx.size(1), device=idx.device)
         return self.wte(idx) + self.wpe(positions)
 
     def decode(self, x, mask=None, cache=None):
-        """Vectors (B, T, C) to hidden states after the last LayerNorm (B, T, C).
+        """Vectors (B, T, C) to hidden states (B, T, C).
 
-        mask: True where attention may look, broadcast to (B, nh, T, T); without one it looks at itself and backwards.
-        cache: a list of n_layer KeyValues; x then stands behind what they hold, and they are extended by it.
+        mask: True where a position may attend, broadcast to (B, nh, T, T); default: causal.
+        cache: a KVCache for each layer. Fill it with one call (prefill), then give it one new
+        position at a time (decode).
         """
-        past = cache[0].k.size(2) if cache and cache[0].k is not None else 0
-        if mask is None and past and x.size(1) > 1:
-            mask = torch.ones(x.size(1), past + x.size(1), dtype=torch.bool, device=x.device).tril(past)
         for i, block in enumerate(self.h):
             x = block(x, mask, cache[i] if cache else None)
         return self.ln_f(x)
 
     def logits(self, h):
-        """Hidden states (B, T, C) to logits (B, T, V), with the token table as the head."""
-        return F.linear(h, self.wte.weight)
+        """Hidden states (..., C) to logits (..., n_vocab): padded rows of the table are cut off."""
+        return F.linear(h, self.wte.weight)[..., : self.config.n_vocab]
 
     def loss(self, h, targets, reduction="mean"):
-        """Cross-entropy in nats of targets (B, T) given hidden states (B, T, C); targets of -100 do not count.
+        """Cross-entropy in nats of targets (B, T) given hidden states (B, T, C).
 
-        reduction: "mean" over the targets that count, "sum", or "none", which gives (B, T) with 0 where nothing counts.
+        Targets of -100 do not count. reduction: "mean", "sum", or "none" for each target (B, T).
         """
-        if reduction == "none":
-            return torch.stack([F.cross_entropy(self.logits(row).float(), t, reduction="none") for row, t in zip(h, targets)])
-        total = ChunkedCrossEntropy.apply(h.reshape(-1, h.size(-1)), self.wte.weight, targets.reshape(-1), torch.is_grad_enabled())
+        if reduction == "none":  # row by row, so that the logits of a batch are never stored
+            rows = []
+            for h_row, target in zip(h, targets, strict=True):
+                logits = self.logits(h_row).float()
+                rows.append(F.cross_entropy(logits, target, reduction="none"))
+            return torch.stack(rows)
+        h = h.flatten(0, 1)  # (B * T, C)
+        n_vocab = self.config.n_vocab
+        total = ChunkedCrossEntropy.apply(h, self.wte.weight, targets.flatten(), n_vocab)
         return total if reduction == "sum" else total / (targets != -100).sum()
 
     def forward(self, idx, targets=None):
-        """Token ids (B, T) to (logits (B, T, V), None); with targets (B, T) to (None, mean loss): then logits are never stored."""
+        """Token ids (B, T) to (logits (B, T, n_vocab), None); with targets to (None, mean loss)."""
         h = self.decode(self.embed(idx))
         if targets is None:
             return self.logits(h), None
         return None, self.loss(h, targets)
 
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, prefix=None, stop=None, generator=None, use_cache=True):
-        """Yield one new token for each row, (B,), at a time; the arguments are those of generate()."""
-        B, P = idx.size(0), 0 if prefix is None else prefix.size(1)
-        room, V = self.config.block_size - P, self.config.vocab_size - self.config.vocab_padding
-        if room < 2:
-            raise UserError(f"a prefix of {P} leaves no room in a context of {self.config.block_size} tokens: use a smaller one")
-        running = torch.ones(B, dtype=torch.bool, device=idx.device)
-        context, cache = idx[:, -room:], None              # context: the ids that the model sees
-        for _ in range(max_new_tokens):
-            if context.size(1) > room:                     # full: drop the older half, so that this happens once in T/2 tokens only
-                context, cache = context[:, -(room // 2):], None
-            positions = torch.arange(P, P + context.size(1), device=idx.device)
-            if cache is None or not use_cache:             # look at everything
-                cache = [KeyValues() for _ in self.h]
-                x = self.embed(context, positions)
-                h = self.decode(x if prefix is None else torch.cat([prefix, x], dim=1), cache=cache)
-            else:                                          # look at the newest token only
-                h = self.decode(self.embed(context[:, -1:], positions[-1:]), cache=cache)
-            token = sample_token(self.logits(h[:, -1])[:, :V].float(), temperature, top_k, top_p, generator)        # (B,)
-            if stop is not None:
-                token = torch.where(running, token, stop)
-                running = running & (token != stop)
-            yield token
-            context = torch.cat([context, token[:, None]], dim=1)
-            if not running.any():
-                return
 
-    @torch.no_grad()
-    def generate(self, idx, max_new_tokens, **options):
-        """Continue token ids (B, T) by up to max_new_tokens, giving (B, T + new).
-
-        temperature, top_k, top_p, generator: see sample_token. prefix: vectors (B, P, C) that stand before the ids, which then
-        begin at position P; idx may be empty (B, 0) behind one. stop: a token id that ends its row; the row is filled up with it.
-        """
-        return torch.cat([idx, *(token[:, None] for token in self.stream(idx, max_new_tokens, **options))], dim=1)
-
-    @classmethod
-    def from_pretrained(cls, name_or_dir):
-        """OpenAI's weights ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", fetched once), or a folder or .safetensors file in their layout."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-        path = fetch_openai(name_or_dir) if str(name_or_dir) in OPENAI else Path(name_or_dir)
-        path = path / "model.safetensors" if path.is_dir() else path
-        try:
-            tensors = {name.removeprefix("transformer."): t for name, t in load_file(path).items()}
-        except (SafetensorError, FileNotFoundError) as error:
-            raise UserError(f"{path} is not a whole safetensors file ({error}): fetch or export it again") from None
-        try:
-            V, C = tensors["wte.weight"].shape
-            layers = sum(name.endswith("ln_1.weight") for name in tensors)
-            config_file = path.with_name("config.json")
-            n_head = json.loads(config_file.read_text())["n_head"] if config_file.exists() else C // 64        # OpenAI's heads have size 64
-            model = cls(GPTConfig(len(tensors["wpe.weight"]), V, layers, n_head, C))
-            weights = {name: tensors[name].T if is_conv1d(name) else tensors[name] for name in model.state_dict()}
-            model.load_state_dict(weights)
-        except (KeyError, RuntimeError) as error:
-            raise UserError(f"{path} does not hold a GPT-2 ({str(error).splitlines()[0]}): name a folder with GPT-2's weights") from None
-        return model
+ROWS = 2048  # of logits that exist at a time
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """The summed cross-entropy of rows of hidden states (N, C), a chunk of rows at a time.
+    """The summed cross-entropy of hidden states h (N, C) under a head W (V, C), by chunks of rows.
 
-    The logits of a whole batch would take 13 GB in fp32 at 64 × 1024 tokens. The gradient of -log softmax(z)[y] with respect
-    to z is softmax(z) - onehot(y), so it is known as soon as the logits are: the forward pass computes it, and the logits of
-    a chunk are forgotten before the next one. Nothing is computed twice.
+    The logits of 64 x 1024 tokens would take 13 GB in fp32. The gradient of -log softmax(z)[y] in z
+    is softmax(z) - one_hot(y), known as soon as the logits are. So the forward pass computes it
+    too, chunk after chunk, and the backward pass only hands it out:
+
+        for i in range(0, N, ROWS):
+            logits = h[i:i + ROWS] @ W.T                                   # (rows, V)
+            loss += cross_entropy(logits, targets[i:i + ROWS])
+            grad_logits = softmax(logits) - one_hot(targets[i:i + ROWS])
+            grad_h[i:i + ROWS] = grad_logits @ W
+            grad_W += grad_logits.T @ h[i:i + ROWS]
+
+    test_loss_and_its_gradients_equal_float64
     """
-    ROWS = 2048
 
     @staticmethod
-    def forward(ctx, h, weight, targets, needs_grad):
-        low = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else h.dtype
-        N, V, w, total, ctx.grad_weight = len(h), len(weight), weight.to(low), torch.zeros((), device=h.device), None
-        ctx.grad_h = torch.empty_like(h) if needs_grad and ctx.needs_input_grad[0] else None
-        room = w.new_empty(min(N, ChunkedCrossEntropy.ROWS), V)                  # for the logits of a chunk, again and again: new memory is slow
-        piece = max(1, 500_000 // V) if h.device.type == "cpu" else ChunkedCrossEntropy.ROWS           # so many rows in fp32 stay in a CPU's cache
-        for i in range(0, N, ChunkedCrossEntropy.ROWS):
-            rows, y = h[i:i + ChunkedCrossEntropy.ROWS].to(low), targets[i:i + ChunkedCrossEntropy.ROWS]
-            counts, y = (y != -100)[:, None], y.clamp(min=0)[:, None]            # (rows, 1)
-            logits = torch.mm(rows, w.T, out=room[:len(rows)])                   # (rows, V)
-            for z, target, count in zip(*(t.split(piece) for t in (logits, y, counts))):
-                log_p = F.log_softmax(z, dim=1, dtype=torch.float32)
-                total -= (log_p.gather(1, target) * count).sum()
-                if needs_grad:                             # the logits become their gradient, in place
-                    z.copy_(log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32)))
-            if ctx.grad_h is not None:
-                ctx.grad_h[i:i + ChunkedCrossEntropy.ROWS] = logits @ w * counts
-            if needs_grad and ctx.needs_input_grad[1]:
-                grad = (logits.T @ (rows * counts)).to(weight.dtype)             # (V, C)
-                ctx.grad_weight = grad if ctx.grad_weight is None else ctx.grad_weight.add_(grad)
+    def forward(ctx, h, weight, targets, n_vocab):
+        dtype = h.dtype
+        if torch.is_autocast_enabled(h.device.type):
+            dtype = torch.get_autocast_dtype(h.device.type)  # mixed precision: products in bf16
+        W = weight.to(dtype)
+        total = torch.zeros((), device=h.device)
+        needs_h, needs_weight = ctx.needs_input_grad[:2]
+        grad_h = torch.empty_like(h) if needs_h else None
+        grad_weight = None
+        buffer = W.new_empty(min(len(h), ROWS), len(W))  # one for all chunks: new memory is slow
+        for i in range(0, len(h), ROWS):
+            x = h[i : i + ROWS].to(dtype)
+            target = targets[i : i + ROWS, None]
+            counts = target != -100
+            logits = torch.mm(x, W.T, out=buffer[: len(x)])
+            total += loss_and_gradient(logits, target, n_vocab)  # logits become their gradient
+            if needs_h:
+                grad_h[i : i + ROWS] = logits @ W * counts
+            if needs_h and needs_weight:  # neither in an evaluation
+                grad = (logits.T @ (x * counts)).to(weight.dtype)
+                grad_weight = grad if grad_weight is None else grad_weight.add_(grad)
+        ctx.save_for_backward(grad_h, grad_weight)
         return total
 
     @staticmethod
-    def backward(ctx, grad):
-        grads, ctx.grad_h, ctx.grad_weight = (ctx.grad_h, ctx.grad_weight), None, None       # given away: other gradients are added to them in place
-        return *(None if g is None else g.mul_(grad) for g in grads), None, None
+    def backward(ctx, grad_total):
+        grads = [None if grad is None else grad.mul_(grad_total) for grad in ctx.saved_tensors]
+        return *grads, None, None
+
+
+def loss_and_gradient(logits, target, n_vocab):
+    """Summed cross-entropy of logits (rows, V), which are overwritten by their gradient.
+
+    target: (rows, 1); where it is -100 the loss is 0 and the gradient means nothing. On CUDA this
+    is one compiled function, so that the logits are read twice and written once.
+    """
+    if logits.is_cuda:
+        return compiled(softmax_minus_one_hot)(logits, target, n_vocab)
+    rows = max(1, 500_000 // logits.size(1))  # as many as fit into a CPU's cache in fp32
+    pieces = zip(logits.split(rows), target.split(rows), strict=True)
+    return sum(softmax_minus_one_hot(z, y, n_vocab) for z, y in pieces)
+
+
+def softmax_minus_one_hot(logits, target, n_vocab):
+    """loss_and_gradient() in plain PyTorch; test_the_compiled_head_stores_no_fp32_logits"""
+    logits[:, n_vocab:] = -math.inf  # rows of the table that are no tokens get no probability
+    log_p = F.log_softmax(logits, dim=1, dtype=torch.float32)
+    counts = target != -100
+    loss = -(log_p.gather(1, target.clamp(min=0)) * counts).sum()
+    one_hot = torch.arange(logits.size(1), device=logits.device) == target
+    logits.copy_(log_p.exp_().add_(one_hot, alpha=-1))
+    return loss
+
+
+@functools.cache
+def compiled(function):
+    return torch.compile(function)
+
+
+# -----------------------------------------------------------------------------
+# 2. Generation
+
+
+class KVCache:
+    """The keys and values that a layer has computed so far, (B, nh, T, hs)."""
+
+    def __init__(self):
+        self.k = None
+        self.v = None
+
+    def extend(self, k, v):
+        """Append those of new positions; returns all of them."""
+        if self.k is not None:
+            k = torch.cat([self.k, k], dim=2)
+            v = torch.cat([self.v, v], dim=2)
+        self.k = k
+        self.v = v
+        return k, v
+
+
+def generate(model, idx, max_new_tokens, **options):
+    """Continue token ids (B, T) by up to max_new_tokens: (B, T + new). The plain form:
+
+        for _ in range(max_new_tokens):
+            logits, _ = model(idx[:, -block_size:])          # everything again, for each token
+            token = sample_token(logits[:, -1], temperature)
+            idx = torch.cat([idx, token[:, None]], dim=1)
+
+    stream() does it with a KV cache (test_cached_equals_uncached_beyond_the_context).
+    temperature, top_k, top_p, generator: see sample_token(). prefix: vectors (B, P, C) before the
+    ids, which then begin at position P; idx may be (B, 0) after one. stop: a token that ends its
+    row, which is then filled up with it.
+    """
+    new = [token[:, None] for token in stream(model, idx, max_new_tokens, **options)]
+    return torch.cat([idx, *new], dim=1)
+
+
+@torch.no_grad()
+def stream(model, idx, max_new_tokens, prefix=None, stop=None, **sampling):
+    """Yield one new token for each row, (B,), at a time. Arguments as for generate()."""
+    P = 0 if prefix is None else prefix.size(1)
+    room = model.config.block_size - P
+    running = torch.ones(len(idx), dtype=torch.bool, device=idx.device)
+    context = idx[:, -room:]
+    cache = None
+    for _ in range(max_new_tokens):
+        if context.size(1) > room:  # full: drop the older half, once in room / 2 tokens
+            context = context[:, -(room // 2) :]
+            cache = None
+        positions = torch.arange(P, P + context.size(1), device=idx.device)
+        if cache is None:  # prefill: keys and values of the whole context
+            cache = [KVCache() for _ in model.h]
+            x = model.embed(context, positions)  # (B, T, C)
+            if prefix is not None:
+                x = torch.cat([prefix, x], dim=1)  # (B, P + T, C)
+        else:  # decode: only the newest token
+            x = model.embed(context[:, -1:], positions[-1:])  # (B, 1, C)
+        h = model.decode(x, cache=cache)
+        token = sample_token(model.logits(h[:, -1]).float(), **sampling)
+        if stop is not None:
+            token = torch.where(running, token, stop)
+            running &= token != stop
+        yield token
+        if stop is not None and not running.any():
+            return
+        context = torch.cat([context, token[:, None]], dim=1)
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Draw one token for each row of logits (B, V), giving (B,).
+    """Draw one token for each row of logits (B, V): (B,).
 
-    temperature: divides the logits; 0 takes the most probable token. top_k: only the k most probable (Fan et al. 2018).
-    top_p: only the fewest tokens whose probabilities reach p together (nucleus sampling, Holtzman et al. 2020).
+    temperature divides the logits; at 0 the most probable token is taken (greedy). top_k: only the
+    k most probable (Fan et al. 2018). top_p: only the fewest whose probabilities reach p together (nucleus
+    sampling, Holtzman et al. 2020).
     """
-    if temperature == 0:
+    if temperature < 1e-3:
         return logits.argmax(dim=-1)
     logits = logits / temperature
-    if top_k is not None:
-        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:], -math.inf)
-    if top_p is not None:
-        ordered, ids = logits.sort(dim=-1, descending=True)
-        probs = ordered.softmax(dim=-1)
-        ordered = ordered.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, -math.inf)
-        logits = torch.empty_like(logits).scatter_(1, ids, ordered)
+    if top_k is not None and top_k < logits.size(-1):
+        smallest = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -math.inf)
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probs = ordered.double().softmax(dim=-1)  # in fp32 the sum of 50,257 is too rough
+        before = probs.cumsum(dim=-1) - probs  # what the more probable ones reach together
+        ordered = ordered.masked_fill(before >= top_p, -math.inf)
+        logits = torch.empty_like(logits).scatter_(1, order, ordered)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights from OpenAI, and to transformers: the same tensor names, but for four matrices in each block that are transposed
-
-OPENAI = {                       # bytes, SHA-256 where it is known
-    "gpt2": (548_105_171, "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"),
-    "gpt2-medium": (None, None), "gpt2-large": (None, None), "gpt2-xl": (None, None),
-}
-
-
-def fetch_openai(name):
-    """The path of OpenAI's weights in safetensors, downloaded once into data/<name>/."""
-    size, digest = OPENAI[name]
-    url = f"{fineweb.HUB}/openai-community/{name}/resolve/main/model.safetensors"
-    return fineweb.download(url, Path("data") / name / "model.safetensors", size, digest)
+# -----------------------------------------------------------------------------
+# 3. Data
+#
+# The shards of a split are one long row of tokens. It is cut into windows of T; an epoch is all
+# windows in a random order that depends on (seed, epoch) alone. So any step of any run can be
+# computed by itself, on any number of processes, and an interrupted run goes on exactly.
 
 
-def is_conv1d(name):
-    """Whether OpenAI's file keeps this matrix as (in, out), the other way round than nn.Linear."""
-    return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-
-
-def export_hf(model, tokenizer, folder):
-    """Write config.json and model.safetensors such that transformers' AutoModelForCausalLM.from_pretrained(folder) gives the same logits."""
-    from safetensors.torch import save
-    c, folder = model.config, Path(folder)
-    V = c.vocab_size - c.vocab_padding
-    tensors = {f"transformer.{name}": (t.T if is_conv1d(name) else t).detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"][:V].clone()
-    config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": V, "n_positions": c.block_size, "n_embd": c.n_embd,
-              "n_layer": c.n_layer, "n_head": c.n_head, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
-              "bos_token_id": tokenizer.eot_token, "eos_token_id": tokenizer.eot_token, "torch_dtype": "float32"}
-    with fineweb.atomic_write(folder / "model.safetensors") as file:
-        file.write(save(tensors, metadata={"format": "pt"}))
-    with fineweb.atomic_write(folder / "config.json", "w") as file:
-        json.dump(config, file, indent=2)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data: all shards of a split are one long row of tokens, cut into windows of T; an epoch is those windows in a random order
-
-
-class Tokens:
+class TokenDataset:
     """The tokens of several shards in a row, memory-mapped."""
 
     def __init__(self, paths):
+        self.paths = [Path(path) for path in paths]
         self.shards = [fineweb.read_shard(path) for path in paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
-        self.paths = [Path(path) for path in paths]
+        if len(self) < 2:
+            raise UserError(f"{self.paths[0].parent} has shards without text: make them again")
 
     def __len__(self):
         return int(self.ends[-1])
 
     def read(self, start, stop):
-        """Tokens start … stop - 1 as int64, across the borders of shards; fewer where the row ends."""
-        parts, i = [], int(np.searchsorted(self.ends, start, side="right"))
-        while start < stop and i < len(self.shards):
-            begin = int(self.ends[i]) - len(self.shards[i])
-            parts.append(self.shards[i][start - begin:stop - begin])
-            start, i = int(self.ends[i]), i + 1
+        """Tokens start ... stop - 1 (int64), across shards; fewer where the row ends."""
+        parts = []
+        for shard, end in zip(self.shards, self.ends, strict=True):
+            begin = int(end) - len(shard)
+            if start < end and begin < stop:
+                parts.append(shard[max(start - begin, 0) : stop - begin])
         return np.concatenate(parts).astype(np.int64)
 
-    def windows(self, T):
-        """How many windows of T inputs there are; every token but the very first is a target in exactly one of them."""
-        return -(-(len(self) - 1) // T)
+    def num_windows(self, T):
+        """Windows of T inputs; each token but the first is a target in exactly one of them."""
+        return math.ceil((len(self) - 1) / T)
 
-    def targets(self, windows, T):
-        """How many targets the windows have together."""
-        return int(np.minimum(T, len(self) - 1 - np.asarray(windows) * T).sum())
-
-    def batch(self, windows, T, vocab):
-        """Inputs and targets (B, T) of the given windows; behind the end of the row targets are -100."""
-        x, y = np.zeros((len(windows), T), dtype=np.int64), np.full((len(windows), T), -100, dtype=np.int64)
+    def get_batch(self, windows, T, n_vocab):
+        """Inputs and targets (B, T) of these windows; after the end of the row targets are -100."""
+        x = torch.zeros(len(windows), T, dtype=torch.long)
+        y = torch.full((len(windows), T), -100)
         for row, window in enumerate(windows):
-            tokens = self.read(window * T, window * T + T + 1)
-            if tokens.max() >= vocab:
-                raise UserError(f"{self.paths[0].parent} has token {tokens.max()}, beyond the vocabulary of {vocab:,}: the shards are for another tokenizer")
-            x[row, :len(tokens[:T])], y[row, :len(tokens) - 1] = tokens[:T], tokens[1:]
-        return torch.from_numpy(x), torch.from_numpy(y)
+            tokens = torch.from_numpy(self.read(window * T, window * T + T + 1))
+            if tokens.max() >= n_vocab:
+                reason = f"{self.paths[0].parent} has token {tokens.max()} of {n_vocab:,}"
+                raise UserError(f"{reason}: its shards are for another tokenizer")
+            x[row, : len(tokens[:T])] = tokens[:T]
+            y[row, : len(tokens) - 1] = tokens[1:]
+        return x, y
+
+    def digest(self):
+        """Tells datasets apart: a hash of the shards' lengths and of samples of their tokens."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            digest.update(f"{len(shard)} ".encode() + shard[:: len(shard) // 1000 + 1].tobytes())
+        return digest.hexdigest()[:16]
 
 
-def find_shards(folder):
-    """Tokens of the folder's shards: (for training, {name: for validation}). Raises UserError when either is missing."""
-    train, val = [], {}
+def open_shards(folder):
+    """The shards of a folder: (training set, {name: validation set}). UserError if one is missing.
+
+    Shards are NAME_train_000001.bin, NAME_val_000000.bin (or .npy); several NAMEs of validation
+    shards are several validation sets.
+    """
+    train = {}
+    val = {}
     for path in sorted(Path(folder).glob("*")):
-        if found := re.fullmatch(r"(.+)_(train|val)_\d+\.(bin|npy)", path.name):
-            (train if found[2] == "train" else val.setdefault(found[1], [])).append(path)
+        match = re.fullmatch(r"(.+)_(train|val)(?:_\d+)?\.(?:bin|npy)", path.name)
+        if match:
+            paths = train if match[2] == "train" else val.setdefault(match[1], {})
+            if path.stem in paths:
+                raise UserError(f"{folder} has {path.stem} as .bin and as .npy: remove one of them")
+            paths[path.stem] = path
     if not train or not val:
-        raise UserError(f"{folder} has no shards *_train_*.bin and *_val_*.bin: make them with python fineweb.py (--help tells how)")
-    train, val = Tokens(train), {name: Tokens(paths) for name, paths in val.items()} if len(val) > 1 else {"val": Tokens(*val.values())}
-    if min(map(len, (train, *val.values()))) < 2:
-        raise UserError(f"{folder} has shards without text: make them again from files that have some")
-    return train, val
+        wanted = "shards NAME_train_000001.bin and NAME_val_000000.bin"
+        raise UserError(f"{folder} has no {wanted}: make them with fineweb.py")
+    if len(val) == 1:
+        val = {"val": val.popitem()[1]}
+    val_sets = {name: TokenDataset(paths.values()) for name, paths in val.items()}
+    return TokenDataset(train.values()), val_sets
 
 
 @functools.lru_cache(maxsize=2)
-def epoch_order(seed, epoch, windows):
-    """The order of the windows in an epoch: a random permutation, the same on every machine."""
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(windows)
+def epoch_order(seed, epoch, size):
+    """The order of the `size` windows (or pictures) in an epoch, the same on every machine."""
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(size)
 
 
-def step_windows(seed, step, per_step, windows):
-    """The windows of a step: a function of seed and step alone, so that a run can be continued anywhere. A step may straddle epochs."""
-    place = np.arange(step * per_step, (step + 1) * per_step)
-    return np.array([epoch_order(seed, int(p // windows), windows)[p % windows] for p in place])
+def step_indices(seed, step, batch_size, size):
+    """The windows (or pictures) of a step; it may go over the border of an epoch."""
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    return np.array([epoch_order(seed, int(p // size), size)[p % size] for p in places])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Recipes
+def get_micro_batches(dataset, recipe, seed, config, step):
+    """This rank's micro-batches of a step: [(x (B, T), y (B, T), share of the step's targets)]."""
+    T = config.block_size
+    windows = step_indices(seed, step, recipe.batch_size // T, dataset.num_windows(T))
+    targets = np.minimum(len(dataset) - 1 - windows * T, T)  # of each window: T, but for the last
+    shape = (world_size(), -1, recipe.micro_batch)
+    shares = (targets / targets.sum()).reshape(shape)[rank()].sum(axis=1)
+    parts = windows.reshape(shape)[rank()]  # each rank takes its slice
+    batches = [dataset.get_batch(part, T, config.n_vocab) for part in parts]
+    return [(x, y, share) for (x, y), share in zip(batches, shares, strict=True)]
+
+
+def prefetch(get, first, last, device):
+    """Yield (step, get(step)) for steps first ... last - 1.
+
+    A thread prepares the next step's micro-batches while this one trains, in pinned memory, from
+    which the copy to the GPU does not stop the CPU.
+    """
+
+    def prepare(step):
+        if device.type != "cuda":
+            return get(step)
+        torch.cuda.set_device(device)  # each thread has a current device of its own
+        return [(x.pin_memory(), y.pin_memory(), share) for x, y, share in get(step)]
+
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(prepare, first)
+        for step in range(first, last):
+            batches = ahead.result()
+            ahead = thread.submit(prepare, step + 1)
+            yield step, batches
+
+
+# -----------------------------------------------------------------------------
+# 4. The recipe
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a preset is trained."""
-    steps: int
-    batch_tokens: int             # tokens for each update of the weights
-    micro_batch: int              # windows that are computed at once; their gradients add up until batch_tokens are there
-    lr: float                     # the highest learning rate
-    warmup: int
-    eval_every: int = 250
-    eval_tokens: int = 10_485_760
-    log_every: int = 10
+    """How something is trained: a GPT here, the bridges in caption.py."""
+
+    max_steps: int
+    batch_size: int  # tokens (bridges: pictures) for each update of the weights
+    micro_batch: int  # windows (pictures) computed at once; their gradients are accumulated
+    lr: float  # the highest learning rate
+    warmup_steps: int
+    min_lr: float = 0.1  # the lowest learning rate, as a share of the highest
     weight_decay: float = 0.1
-    clip: float = 1.0
-    floor: float = 0.1            # the lowest learning rate as a share of the highest
-    hellaswag: bool = False       # measured with each evaluation, from step 250 on
+    grad_clip: float = 1.0
+    eval_every: int = 250
+    eval_tokens: int = 10_485_760  # the same whatever the batch size: losses can be compared
+    log_every: int = 10
 
 
-RECIPES = {                 #   steps, tokens a step, micro-batch, lr, warm-up
-    "tiny":        Recipe(2_000, 24 * 64, 24, 2e-3, 40, eval_every=200, eval_tokens=20_480, log_every=20),
-    "small":       Recipe(500, 8_192, 16, 2e-3, 50, eval_every=50, eval_tokens=16_384),
-    "gpt2":        Recipe(19_073, 524_288, 16, 6e-4, 715, hellaswag=True),                # 19,073 × 524,288 = 10.0 B tokens; 715 × 524,288 = 375 M as in GPT-3
-    "gpt2-medium": Recipe(19_073, 524_288, 8, 3e-4, 715, hellaswag=True),
-    "gpt2-large":  Recipe(19_073, 524_288, 4, 2.5e-4, 715, hellaswag=True),
-    "gpt2-xl":     Recipe(19_073, 524_288, 2, 2e-4, 715, hellaswag=True),
+PRESETS = {  # T, V, layers, heads, C
+    # 0.9 M parameters, for the toy data; 16 M, for real text on a CPU
+    "tiny": GPTConfig(fineweb.TOY_BLOCK, 448, 4, 4, 128, init_std=0.06, vocab_padding=17),
+    "small": GPTConfig(256, 50304, 4, 4, 256, init_std=0.04, vocab_padding=47),
+    # OpenAI's four: 124 M, 355 M, 774 M and 1,558 M
+    "gpt2": GPTConfig(1024, 50304, 12, 12, 768, vocab_padding=47),
+    "gpt2-medium": GPTConfig(1024, 50304, 24, 16, 1024, vocab_padding=47),
+    "gpt2-large": GPTConfig(1024, 50304, 36, 20, 1280, vocab_padding=47),
+    "gpt2-xl": GPTConfig(1024, 50304, 48, 25, 1600, vocab_padding=47),
+}
+RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up
+    "tiny": Recipe(2_000, 1_536, 24, 2e-3, 40, eval_every=200, eval_tokens=20_480, log_every=20),
+    "small": Recipe(500, 8_192, 16, 2e-3, 50, eval_every=50, eval_tokens=16_384),
+    # GPT-3's recipe: 19,073 steps of 524,288 tokens are 10.0 B, 715 of them 375 M
+    "gpt2": Recipe(19_073, 524_288, 16, 6e-4, 715),
+    "gpt2-medium": Recipe(19_073, 524_288, 8, 3e-4, 715),
+    "gpt2-large": Recipe(19_073, 524_288, 4, 2.5e-4, 715),
+    "gpt2-xl": Recipe(19_073, 524_288, 2, 2e-4, 715),
 }
 
 
-def learning_rate(step, recipe):
-    """Linear warm-up, then a cosine down to `floor` of the highest, a tenth in Brown et al. 2020, appendix B."""
-    if step < recipe.warmup:
-        return recipe.lr * (step + 1) / recipe.warmup
-    progress = min((step - recipe.warmup) / max(recipe.steps - recipe.warmup, 1), 1)
-    return recipe.lr * (recipe.floor + (1 - recipe.floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+def with_flags(recipe, args):
+    """The recipe with what the command line gives of it (None: not given)."""
+    given = {}
+    for field in dataclasses.fields(recipe):
+        value = getattr(args, field.name, None)
+        if value is not None:
+            given[field.name] = value
+    return dataclasses.replace(recipe, **given)
 
 
-def make_optimizer(model, recipe):
-    """AdamW (Loshchilov & Hutter 2019) with weight decay on matrices and tables only: biases and LayerNorms have nothing to gain from it."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+def get_lr(step, recipe):
+    """The learning rate of a step, with a cosine schedule (Brown et al. 2020, appendix B)."""
+    # 1) linear warm-up for warmup_steps
+    if step < recipe.warmup_steps:
+        return recipe.lr * (step + 1) / recipe.warmup_steps
+    # 2) then a cosine, from lr at progress 0 down to min_lr * lr at progress 1
+    progress = (step - recipe.warmup_steps) / max(recipe.max_steps - recipe.warmup_steps, 1)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
+    return recipe.lr * (recipe.min_lr + (1 - recipe.min_lr) * cosine)
+
+
+def configure_optimizer(model, recipe, lr_scale=None):
+    """AdamW (Loshchilov & Hutter 2019); only matrices decay, not biases and LayerNorms.
+
+    lr_scale: {name of a parameter: factor of its learning rate}.
+    """
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decay = recipe.weight_decay if p.dim() >= 2 else 0.0
+            scale = (lr_scale or {}).get(name, 1.0)
+            group = {"params": [], "weight_decay": decay, "lr_scale": scale}
+            groups.setdefault((decay, scale), group)["params"].append(p)
+    groups = list(groups.values())
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The machine
-
-PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "4090": 165e12, "3090": 71e12, "A5000": 111e12}      # dense bf16 FLOP/s
-
-
-def pick_device():
-    """cuda, mps or cpu."""
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
 
 
-def join_processes():
-    """Under torchrun, make this process one of several: NCCL on GPUs, gloo on CPUs; only the first one prints."""
-    if "RANK" in os.environ and not distributed.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(days=1))       # one may compute long for all
-        atexit.register(distributed.destroy_process_group)
-        if distributed.get_rank():
-            sys.stdout = open(os.devnull, "w")
+# -----------------------------------------------------------------------------
+# 5. Training
 
 
-def rank():
-    """Which of the processes this is, from 0."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
+def train_step(model, optimizer, micro_batches, grad_clip, device):
+    """One update of the weights from this rank's micro-batches: (loss, norm of the gradient).
+
+    Gradient accumulation: backward() adds to .grad, so the gradients of the micro-batches, each
+    weighted by its share of the step's targets, sum up to that of the whole batch
+    (test_micro_batches_add_up). A loss that is not finite leaves the weights as they are.
+    """
+    total = torch.zeros((), device=device)
+    for i, (x, y, share) in enumerate(micro_batches):
+        x = x.to(device, non_blocking=True)
+        y = y.to(device, non_blocking=True)
+        last = i == len(micro_batches) - 1
+        # DDP sums the gradients over ranks in backward(); on the last micro-batch is enough
+        with contextlib.nullcontext() if last or world_size() == 1 else model.no_sync():
+            with autocast(device):  # mixed precision: fp32 weights, matrix products in bf16
+                _, loss = model(x, y)
+            (loss * share * world_size()).backward()  # DDP takes the mean, we want the sum
+        total += loss.detach() * share
+    loss = all_reduce(total).item()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()  # gradient clipping
+    if math.isfinite(loss + norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, norm
 
 
-def processes():
-    """How many processes train together."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
+def train(args):
+    """Train a preset, or go on with its run, until the last step."""
+    device = pick_device()
+    preset, data = choose_setup(args, device)
+    config = PRESETS[preset]
+    recipe = choose_recipe(RECIPES[preset], args, config.block_size)
+    train_set, val_sets, tokenizer = open_data(data, config)
+    kind = {"preset": preset, "tokenizer": tokenizer.name, "data": train_set.digest()}
+    kind |= {"seed": args.seed, "batch_size": recipe.batch_size}
+    run = Run(args.out or f"runs/{preset}", kind, recipe, "tokens", args.restart)
+    torch.manual_seed(args.seed)
+    model = GPT(config).to(device)
+    optimizer = configure_optimizer(model, recipe)
+    run.resume(model, optimizer)
+    describe(run, preset, data, model, train_set, device)
+    items = load_hellaswag(tokenizer) if preset.startswith("gpt2") else []
+    parallel = parallelize(model, device)  # DDP and torch.compile, where they apply
+    get_batches = functools.partial(get_micro_batches, train_set, recipe, args.seed, config)
+    with run:
+        for step, micro_batches in prefetch(get_batches, run.step, recipe.max_steps, device):
+            lr = get_lr(step, recipe)
+            set_lr(optimizer, lr)
+            loss, norm = train_step(parallel, optimizer, micro_batches, recipe.grad_clip, device)
+            run.count_step(loss, norm)
+            stop = run.stop_requested()
+            evaluate = run.step % recipe.eval_every == 0 or run.step == recipe.max_steps
+            row = {}
+            if run.step % recipe.log_every == 0 or run.step == 1 or evaluate or stop:
+                row = run.progress(loss, lr, norm, recipe.batch_size, flops_per_token(config))
+            if evaluate:
+                row |= validate(parallel, config, val_sets, tokenizer, recipe, device)
+                row |= validate_hellaswag(model, items, run.step, device)
+            run.log(row)
+            if evaluate or stop:
+                run.save(model, optimizer)
+            if stop:
+                run.exit()
+    finish(run, model, tokenizer, args)
 
 
-def summed(tensor):
-    """A tensor summed over all processes, in place."""
-    if processes() > 1:
-        distributed.all_reduce(tensor)
-    return tensor
-
-
-def wait():
-    """Until all processes are here."""
-    if processes() > 1:
-        distributed.barrier()
-
-
-def in_turns(function):
-    """What function() returns, called by one process after the other: the first may fetch or compute something, the others then find it."""
-    for turn in range(processes()):
-        if turn == rank():
-            result = function()
-        wait()
-    return result
-
-
-def autocast(device):
-    """Matrix products in bf16 where the hardware has it (weights stay fp32): CUDA from sm80, CPUs with AVX512-BF16 or AMX."""
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else device == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device if device != "mps" else "cpu", dtype=torch.bfloat16, enabled=has_bf16)
-
-
-def compiled(model, device):
-    """The model compiled for training on a GPU, or as it is; the raw module stays the one that is evaluated and saved."""
-    if device != "cuda":
-        return model
-    try:
-        torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
-        model.loss = torch.compiler.disable(model.loss)    # it keeps gradients in the context, which cannot be traced
-        return torch.compile(model)
-    except (RuntimeError, ImportError, OSError) as error:
-        print(f"not compiled: no working compiler here ({type(error).__name__}); training goes on, slower")
-        return model
-
-
-def flops_per_token(config):
-    """Of forward and backward pass: 6 for each weight that multiplies, and attention's 12 · L · C · T (Chowdhery et al. 2022, appendix B)."""
-    weights = 12 * config.n_layer * config.n_embd ** 2 + config.vocab_size * config.n_embd
-    return 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
+# -----------------------------------------------------------------------------
+# 6. Evaluation
 
 
 @torch.no_grad()
-def validation_loss(model, tokens, tokenizer, limit, micro_batch, device):
-    """Mean loss over the first `limit` targets of a validation set: {"loss": nats per token, "bits": bits per byte of text}."""
-    T, total, count, size = model.config.block_size, 0.0, 0, 0
-    windows = np.arange(max(1, min(tokens.windows(T), limit // T)))[rank()::processes()]
-    length = token_lengths(tokenizer)
-    for chunk in np.array_split(windows, -(-len(windows) // micro_batch)) if len(windows) else ():
-        x, y = tokens.batch(chunk, T, tokenizer.n_vocab)
+def validation_loss(model, config, dataset, tokenizer, recipe, device):
+    """Mean loss over the first eval_tokens of a validation set: (nats a token, bits a byte)."""
+    T = config.block_size
+    count = max(1, min(dataset.num_windows(T), recipe.eval_tokens // T))
+    windows = np.arange(count)[rank() :: world_size()]
+    lengths = token_lengths(tokenizer)
+    sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+    for i in range(0, len(windows), recipe.micro_batch):
+        x, y = dataset.get_batch(windows[i : i + recipe.micro_batch], T, config.n_vocab)
         with autocast(device):
-            total += model.loss(model.decode(model.embed(x.to(device))), y.to(device), "sum").item()
-        count += int((y >= 0).sum())
-        size += int(length[y[y >= 0]].sum())
-    total, count, size = summed(torch.tensor([total, count, size], dtype=torch.float64, device=device if device == "cuda" else "cpu")).tolist()
-    return {"loss": total / count, "bits": total / math.log(2) / max(size, 1)}
+            _, loss = model(x.to(device), y.to(device))
+        targets = y[y >= 0]
+        tokens = len(targets)
+        sums += torch.tensor([loss.item() * tokens, tokens, lengths[targets].sum().item()])
+    nats, tokens, size = all_reduce(sums.to(device)).tolist()
+    return nats / tokens, nats / math.log(2) / max(size, 1)
 
 
-def measure_hellaswag(model, tokenizer, examples, device, harness=False):
-    """hellaswag.evaluate() at the precision of training."""
-    with autocast(device):
-        return hellaswag.evaluate(model, tokenizer, examples, device, harness)
+def validate(model, config, val_sets, tokenizer, recipe, device):
+    """Print the losses of all validation sets; returns them as columns of the log."""
+    row = {}
+    for name, dataset in val_sets.items():
+        nats, bits = validation_loss(model, config, dataset, tokenizer, recipe, device)
+        print(f"           {name} {nats:.4f} nats a token, {bits:.3f} bits a byte", flush=True)
+        row[f"val_{name}"] = nats
+    return row
 
 
-def items_for_training():
-    """HellaSwag's items; without them training goes on, and says so."""
-    try:
-        return hellaswag.load_examples()[0]
-    except UserError as error:
-        print(f"HellaSwag  not measured: {error}", flush=True)
-
-
-@functools.lru_cache(maxsize=2)
+@functools.cache
 def token_lengths(tokenizer):
-    """Bytes of text for each token id; <|endoftext|> is none."""
-    special = tokenizer.special_tokens_set
-    return torch.tensor([0 if tokenizer.decode([i]) in special else len(tokenizer.decode_single_token_bytes(i)) for i in range(tokenizer.n_vocab)])
+    """Bytes of text of each token id; <|endoftext|> has none."""
+    pieces = [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab)]
+    lengths = torch.tensor([len(piece) for piece in pieces])
+    lengths[tokenizer.eot_token] = 0
+    return lengths
+
+
+@dataclass
+class Packed:
+    """Several continuations after one shared beginning, in one sequence; see pack()."""
+
+    idx: torch.Tensor  # (B, T) token ids
+    positions: torch.Tensor  # (B, T)
+    mask: torch.Tensor  # (B, 1, T, T), True where a position may attend
+    source: torch.Tensor  # (B, N), the position whose hidden state predicts a target
+    targets: torch.Tensor  # (B, N), -100 where there is none
+    owner: torch.Tensor  # (B, N), the continuation of a target, -1 where there is none
+
+    def to(self, device, **options):
+        return Packed(*(t.to(device, **options) for t in vars(self).values()))
+
+    def pin_memory(self):
+        return Packed(*(t.pin_memory() for t in vars(self).values()))
+
+    def at_source(self, h):
+        """The hidden states (B, N, C), out of (B, T, C), that predict the targets."""
+        return h.gather(1, self.source[:, :, None].expand(-1, -1, h.size(2)))
+
+
+def pack(rows):
+    """Lay out rows of (beginning, [continuation, ...]), all of token ids. The plain form:
+
+        c1 c2 c3 a1 a2                  a sequence for each continuation; the beginning is
+        c1 c2 c3 b1 b2 b3               computed again for each of them
+
+    Packed, the continuations share one beginning. Each has its positions, attends to the beginning
+    and to itself only, and its last token is predicted but not read:
+
+        token       c1 c2 c3 a1 b1 b2       target   a1 a2 b1 b2 b3
+        position     0  1  2  3  3  4       source    2  3  2  4  5
+        part         0  0  0  1  2  2       owner     0  0  1  1  1
+
+    Four endings after a context, five captions after a picture. Lengths are rounded up to multiples
+    of 8, so that few shapes occur. test_packed_continuations_have_the_losses_of_separate_ones
+    """
+    inputs = [len(begin) + sum(len(c) - 1 for c in rest) for begin, rest in rows]
+    outputs = [sum(map(len, rest)) for _, rest in rows]
+    B = len(rows)
+    T = 8 * math.ceil(max(inputs) / 8)
+    N = 8 * math.ceil(max(outputs) / 8)
+    idx = np.zeros((B, T), np.int64)
+    positions = np.zeros((B, T), np.int64)
+    part = np.full((B, T), -1)
+    source = np.zeros((B, N), np.int64)
+    targets = np.full((B, N), -100)
+    owner = np.full((B, N), -1)
+    for b, (beginning, continuations) in enumerate(rows):
+        P = len(beginning)
+        idx[b, :P] = beginning
+        positions[b, :P] = np.arange(P)
+        part[b, :P] = 0
+        t = P  # where the next input goes
+        n = 0  # where the next target goes
+        for k, tokens in enumerate(continuations):
+            t_end = t + len(tokens) - 1
+            n_end = n + len(tokens)
+            idx[b, t:t_end] = tokens[:-1]
+            positions[b, t:t_end] = np.arange(P, P + t_end - t)
+            part[b, t:t_end] = k + 1
+            source[b, n:n_end] = [P - 1, *range(t, t_end)]
+            targets[b, n:n_end] = tokens
+            owner[b, n:n_end] = k
+            t = t_end
+            n = n_end
+    mask = part[:, :, None] == part[:, None, :]
+    mask |= part[:, None, :] == 0
+    mask &= np.tri(T, dtype=bool)
+    arrays = (idx, positions, mask[:, None], source, targets, owner)
+    return Packed(*map(torch.from_numpy, arrays))
 
 
 @torch.no_grad()
-def context_use(model, tokenizer, device, scenes=200):
-    """How often the model states a fact rightly when it is shown the map of a new scene: {"count", "objects", "place", "relation"}."""
-    rng, right, newline = random.Random(2), {}, tokenizer.encode("\n")[0]
-    drawn = [fineweb.random_scene(rng) for _ in range(scenes)]
-    asked = [fineweb.questions(scene, rng) for scene in drawn]
-    for fact in asked[0]:
-        prompts = [[tokenizer.eot_token, *tokenizer.encode_ordinary(f"{fineweb.scene_map(scene)}\n{question[fact]}")] for scene, question in zip(drawn, asked)]
-        rows = model.generate(torch.tensor(prompts, device=device), 8, temperature=0, stop=newline).tolist()      # questions of a kind are equally long
-        begin = 1 + len(tokenizer.encode_ordinary(fineweb.scene_map(drawn[0]) + "\n"))
-        right[fact] = sum(fineweb.facts(tokenizer.decode(row[begin:]).split("\n")[0], scene)[fact] is True for row, scene in zip(rows, drawn)) / scenes
-    return right
+def ending_losses(model, items, device):
+    """The summed loss in nats of each ending of HellaSwag items, (items, 4)."""
+    tokens_at_once = 1_024 if device.type == "cpu" else 16_384
+    sizes = np.array([len(item.context) + sum(map(len, item.endings)) for item in items])
+    order = np.argsort(-sizes, kind="stable")  # the longest first: out of memory comes early
+    losses = np.zeros((len(items), 4))
+    begin = 0
+    while begin < len(items):  # items of like length together
+        chosen = order[begin : begin + max(1, tokens_at_once // sizes[order[begin]])]
+        rows = []
+        for item in [items[i] for i in chosen]:
+            room = model.config.block_size - max(map(len, item.endings))
+            rows.append((item.context[-room:], item.endings))  # too long: cut from the left
+        packed = pack(rows).to(device)
+        h = model.decode(model.embed(packed.idx, packed.positions), packed.mask)
+        loss = model.loss(packed.at_source(h), packed.targets, "none").double()  # (B, N)
+        each = [(loss * (packed.owner == k)).sum(1) for k in range(4)]
+        losses[chosen] = torch.stack(each, 1).cpu().numpy()
+        begin += len(chosen)
+    return losses
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A run's folder: checkpoint, log, curves
+def evaluate_hellaswag(model, items, device, prefix=""):
+    """{"acc", "acc_norm", "n", "skipped"}; each rank takes its share of the items.
 
-FORMAT = 1                       # of ckpt.pt
+    "skipped": items with an ending that does not fit into the context.
+    """
+    fitting = [i for i in items if max(map(len, i.endings)) < model.config.block_size]
+    mine = fitting[rank() :: world_size()]
+    with autocast(device):
+        losses = ending_losses(model, mine, device)
+    correct = torch.tensor(hellaswag.count_correct(mine, losses), device=device)
+    acc, acc_norm = (all_reduce(correct) / max(len(fitting), 1)).tolist()
+    scores = {f"{prefix}acc": acc, f"{prefix}acc_norm": acc_norm}
+    return scores | {"n": len(fitting), "skipped": len(items) - len(fitting)}
 
 
-def save_checkpoint(path, checkpoint, keep=True):
-    """Write a checkpoint of tensors, numbers, strings and dicts; keep: the one before stays as NAME.prev.pt. A failed write leaves both as they were."""
-    path = Path(path)
-    new = path.with_suffix(".new.pt")
+def load_hellaswag(tokenizer):
+    """HellaSwag's items for an evaluation during training; without a network there are none."""
     try:
-        with fineweb.atomic_write(new) as file:
-            torch.save(checkpoint, file)
-    except (OSError, RuntimeError) as error:               # torch wraps what the disk says into a RuntimeError
-        why = error.strerror if isinstance(error, OSError) else "the disk did not take all of it"
-        raise UserError(f"{path} cannot be written ({why}): make room; what was saved before is still there") from None
-    if keep and path.exists():
-        os.replace(path, path.with_suffix(".prev.pt"))
-    os.replace(new, path)
+        with rank_zero_first():
+            examples, _ = hellaswag.load_examples()
+    except UserError as error:
+        print(f"HellaSwag  is not measured: {error}", flush=True)
+        return []
+    return [hellaswag.render(example, tokenizer) for example in examples]
 
 
-def read_checkpoint(path, holds="run"):
-    """The dict that save_checkpoint wrote. Raises UserError when there is none, when it is damaged, of another version, or has no `holds`."""
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path} is not there: train first (python train_gpt2.py), or name a checkpoint with --ckpt")
-    try:
-        with zipfile.ZipFile(path) as parts:               # torch does not look at their checksums
-            if parts.testzip():
-                raise zipfile.BadZipFile
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        version = checkpoint["format"]
-    except (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, RuntimeError, KeyError, EOFError, TypeError, ValueError) as error:
-        other = path.with_suffix(".prev.pt")               # these are what a damaged file makes the reader stumble over
-        what_to_do = f"rename {other} to it" if other.exists() else "remove it, and it is made anew"
-        raise UserError(f"{path} is not a checkpoint of this program ({type(error).__name__}): {what_to_do}") from None
-    if version != FORMAT:
-        raise UserError(f"{path} has format {version}, this program writes {FORMAT}: use the program that wrote it, or --restart")
-    if holds not in checkpoint:
-        raise UserError(f"{path} is a checkpoint of another kind: it has no {holds!r}")
-    return checkpoint
+def validate_hellaswag(model, items, step, device):
+    """Print the accuracy; returns it as a column of the log. Not in the first steps of a trial."""
+    if not items or step < 250:
+        return {}
+    scores = evaluate_hellaswag(model, items, device)
+    print(f"           {hellaswag.report(scores)}", flush=True)
+    return {"hellaswag": scores["acc_norm"]}
 
 
-def load_checkpoint(path):
-    """(model, tokenizer, checkpoint) from a checkpoint's path; OpenAI's names and folders of safetensors work too, with checkpoint {}."""
-    if str(path) in OPENAI or Path(path).is_dir() or Path(path).suffix == ".safetensors":
-        return GPT.from_pretrained(path).eval(), fineweb.get_tokenizer("gpt2"), {}
+# -----------------------------------------------------------------------------
+# 7. Using a model
+
+OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+COMPUTED = {  # what this GPT computes, in the words of a config.json of transformers
+    "model_type": ["gpt2"],
+    "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
+    "layer_norm_epsilon": [1e-5],
+    "scale_attn_weights": [True],
+    "scale_attn_by_inverse_layer_idx": [False],
+    "add_cross_attention": [False],
+    "tie_word_embeddings": [True],
+}
+
+
+def load_model(name):
+    """(model, tokenizer, checkpoint) of a checkpoint, a run, or weights in OpenAI's layout.
+
+    Those are the names in OPENAI, downloaded once, or a folder with config.json and
+    model.safetensors, as transformers and --export-hf write it; their checkpoint is {}.
+    """
+    path = Path(name)
+    if (path / "ckpt.pt").exists():
+        path = path / "ckpt.pt"
+    if str(name) in OPENAI or path.is_dir() or path.suffix == ".safetensors":
+        model, tokenizer = from_pretrained(name)
+        return model.eval(), fineweb.get_tokenizer(tokenizer), {}
     checkpoint = read_checkpoint(path, holds="config")
     model = GPT(GPTConfig(**checkpoint["config"]))
     model.load_state_dict(checkpoint["model"])
     return model.eval(), fineweb.get_tokenizer(checkpoint["run"]["tokenizer"]), checkpoint
 
 
-class Log:
-    """log.csv: a row for each logged step. When a run is continued, rows behind its checkpoint are dropped: they come again."""
-
-    def __init__(self, path, columns, step):
-        self.path, self.columns = Path(path), columns
-        rows = [row for row in read_log(self.path) if row["step"] <= step] if step else []
-        with fineweb.atomic_write(self.path, "w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-
-    def add(self, **row):
-        with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, self.columns).writerow(row)
-
-
-def read_log(path):
-    """The rows of log.csv as dicts of floats; what is empty or cut off is left out."""
-    rows = []
-    if Path(path).exists():
-        with open(path, newline="", errors="replace") as file:
-            for row in csv.DictReader(line.replace("\0", "") for line in file):
-                try:
-                    rows.append({key: float(value) for key, value in row.items() if value})
-                except (TypeError, ValueError):            # a line that was not finished when the machine stopped
-                    continue
-    return [row for row in rows if "step" in row]
-
-
-def draw_curves(path, panels, size=(900, 480)):
-    """Draw line charts side by side: panels = [(title, label of x, {name of a line: (xs, ys)}), …]."""
-    width, height = 2 * size[0], 2 * size[1]               # twice as large, then shrunk: smooth lines
-    picture = Image.new("RGB", (width * len(panels), height), "white")
-    draw, font, bold = ImageDraw.Draw(picture), ImageFont.load_default(30), ImageFont.load_default(38)
-    colours = ("#94a3b8", "#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed")
-    for p, (title, x_label, lines) in enumerate(panels):
-        left, top, right, bottom = p * width + 140, 100, (p + 1) * width - 60, height - 120
-        points = [(x, y) for xs, ys in lines.values() for x, y in zip(xs, ys) if math.isfinite(y)]
-        x_low, x_high, x_step = nice_ticks([x for x, _ in points])
-        y_low, y_high, y_step = nice_ticks([y for _, y in points])
-        def at(x, y):
-            return left + (x - x_low) / (x_high - x_low) * (right - left), bottom - (y - y_low) / (y_high - y_low) * (bottom - top)
-        for i in range(round((x_high - x_low) / x_step) + 1):
-            x = x_low + i * x_step
-            draw.line([at(x, y_low), at(x, y_high)], "#e5e7eb", 2)
-            draw.text((at(x, y_low)[0], bottom + 16), f"{x:,.10g}", "#374151", font, anchor="mt")
-        for i in range(round((y_high - y_low) / y_step) + 1):
-            y = y_low + i * y_step
-            draw.line([at(x_low, y), at(x_high, y)], "#e5e7eb", 2)
-            draw.text((left - 16, at(x_low, y)[1]), f"{y:.6g}", "#374151", font, anchor="rm")
-        draw.line([(left, top), (left, bottom), (right, bottom)], "#374151", 4)
-        draw.text(((left + right) / 2, 28), title, "#111827", bold, anchor="mt")
-        draw.text(((left + right) / 2, height - 24), x_label, "#374151", font, anchor="mb")
-        for (xs, ys), colour in zip(lines.values(), colours):
-            draw.line([at(x, y) for x, y in zip(xs, ys) if math.isfinite(y)], colour, 5, joint="curve")
-        behind = [at(x, y)[1] for xs, ys in lines.values() for x, y in zip(xs, ys) if math.isfinite(y) and at(x, y)[0] > right - 420]
-        tall = 48 * len(lines)
-        legend = min(range(top + 32, bottom - tall, 24), key=lambda place: sum(place - 32 < y < place + tall for y in behind))        # where the fewest points are
-        for i, (label, colour) in enumerate(zip(lines, colours)):
-            draw.line([(right - 380, legend + 48 * i), (right - 320, legend + 48 * i)], colour, 8)
-            draw.text((right - 300, legend + 48 * i), label, "#111827", font, anchor="lm")
-    with fineweb.atomic_write(path) as file:
-        picture.reduce(2).save(file, "PNG")
+def from_pretrained(name):
+    """(GPT, name of its tokenizer) from weights in OpenAI's layout; UserError for another model."""
+    if str(name) in OPENAI:
+        path = fineweb.hub_download(f"openai-community/{name}", "model.safetensors")
+        fineweb.hub_download(f"openai-community/{name}", "config.json")  # beside it
+    else:
+        path = Path(name)
+    path = path / "model.safetensors" if path.is_dir() else path
+    if not path.exists():
+        raise UserError(f"{path} is not there: save the model as one safetensors file")
+    config = {"n_head": None}
+    if path.with_name("config.json").exists():
+        config = fineweb.read_json(path.with_name("config.json"))
+    for key, values in COMPUTED.items():
+        if config.get(key, values[0]) not in values:
+            raise UserError(f"{path}: {key} is {config[key]!r}: only {values[0]!r} is computed here")
+    try:
+        tensors = {name.removeprefix("transformer."): t for name, t in load_file(path).items()}
+        V, C = tensors["wte.weight"].shape
+        head = tensors.get("lm_head.weight", tensors["wte.weight"])
+        n_layer = sum(name.endswith("ln_1.weight") for name in tensors)
+        if not torch.equal(head, tensors["wte.weight"]):
+            raise UserError(f"{path} has a head of its own: only a tied one is computed here")
+        n_head = config["n_head"] or C // 64  # OpenAI's heads have size 64
+        model = GPT(GPTConfig(len(tensors["wpe.weight"]), V, n_layer, n_head, C))
+        for name in model.state_dict():
+            if is_conv1d(name):
+                tensors[name] = tensors[name].T
+        model.load_state_dict({name: tensors[name] for name in model.state_dict()})
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is not a whole GPT-2 ({reason}): get it again") from None
+    return model, config.get("tokenizer", "gpt2")
 
 
-def nice_ticks(values, about=6):
-    """(lowest tick, highest tick, distance) that hold all values, at 1, 2 or 5 times a power of ten."""
-    low, high = min(values, default=0), max(values, default=1)
-    span = high - low or 1
-    unit = 10 ** math.floor(math.log10(span / about))
-    step = next(unit * m for m in (1, 2, 5, 10) if span / (unit * m) <= about)
-    low, high = math.floor(low / step) * step, math.ceil(high / step) * step
-    return low, high if high > low else low + step, step
+def is_conv1d(name):
+    """Whether OpenAI's file has this matrix as (in, out), the other way round than nn.Linear."""
+    return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
 
-def draw_run(out):
-    """runs/<name>/curves.png from its log: training and validation loss."""
-    rows = read_log(out / "log.csv")
-    lines = {"training": ([r["step"] for r in rows if "loss" in r], [r["loss"] for r in rows if "loss" in r])}
-    for column in dict.fromkeys(c for row in rows for c in row if c.startswith("val_")):
-        lines[column.removeprefix("val_").replace("val", "validation")] = ([r["step"] for r in rows if column in r], [r[column] for r in rows if column in r])
-    panels, measured = [("loss, nats per token", "step", lines)], [r for r in rows if "hellaswag" in r]
-    if measured:
-        steps, shares = [r["step"] for r in measured], [r["hellaswag"] for r in measured]
-        panels.append(("HellaSwag, acc_norm by token mean", "step", {"this run": (steps, shares), "OpenAI's 124M": (steps, [0.2955] * len(steps))}))
-    draw_curves(out / "curves.png", panels)
+def export_hf(model, tokenizer, folder):
+    """Write a folder that transformers' AutoModelForCausalLM.from_pretrained() loads."""
+    c = model.config
+    tensors = {}
+    for name, t in model.state_dict().items():
+        t = t.T if is_conv1d(name) else t
+        tensors[f"transformer.{name}"] = t.detach().cpu().contiguous()
+    tensors["transformer.wte.weight"] = model.wte.weight.detach().cpu()[: c.n_vocab].clone()
+    config = {key: values[0] for key, values in COMPUTED.items()}
+    config |= {"vocab_size": c.n_vocab, "n_positions": c.block_size, "n_embd": c.n_embd}
+    config |= {"n_layer": c.n_layer, "n_head": c.n_head, "tokenizer": tokenizer.name}
+    config |= {"bos_token_id": tokenizer.eot_token, "eos_token_id": tokenizer.eot_token}
+    config |= {"architectures": ["GPT2LMHeadModel"], "torch_dtype": "float32"}
+    with fineweb.atomic_write(Path(folder) / "model.safetensors") as file:
+        file.write(save(tensors, metadata={"format": "pt"}))
+    with fineweb.atomic_write(Path(folder) / "config.json", "w") as file:
+        json.dump(config, file, indent=2)
+    print(f"{folder} is ready for transformers.AutoModelForCausalLM.from_pretrained")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The training run
+def freeze(model, device):
+    """The model for use without training, on `device`, with its matrices as products need them.
 
-PATIENCE = 10                    # steps in a row whose loss is not finite before the run stops
-
-
-def choose_world(args):
-    """(preset, data folder): as the flags say, else the 124M where there are a GPU and its data, else what a CPU can carry."""
-    full = Path("data/fineweb_edu")
-    if args.preset is None:
-        on_gpu = pick_device() == "cuda" and (args.data or full.exists())
-        on_gpu = on_gpu and len(find_shards(args.data or full)[0]) >= 100e6      # a book is too little for the 124M
-        args.preset = "gpt2" if on_gpu else "small" if args.data else "tiny"
-        if args.preset == "tiny":
-            why = f"no shards in {full}" if pick_device() == "cuda" else "no GPU here"
-            print(f"world      tiny: {why}. Full size: python fineweb.py --tokens 10B, then python train_gpt2.py --preset gpt2")
-    data = Path(args.data or ("data/tiny" if args.preset == "tiny" else full))
-    if args.preset == "tiny" and not args.data:
-        fineweb.make_tiny(data)
-    return args.preset, data
-
-
-def choose_recipe(args, config, preset):
-    """The preset's recipe with the flags' changes. Raises UserError, naming the nearest that do, when a batch does not divide."""
-    given = {key: getattr(args, key) for key in ("steps", "batch_tokens", "micro_batch", "lr", "eval_every") if getattr(args, key) is not None}
-    recipe = dataclasses.replace(RECIPES[preset], **given)
-    T, micro = config.block_size, recipe.micro_batch
-    windows, rest = divmod(recipe.batch_tokens, T)
-    if not rest and windows % processes():
-        fitting = [n for n in range(1, windows + 1) if windows % n == 0]
-        near = [max(n for n in fitting if n < processes()), *[n for n in fitting if n > processes()][:1]]
-        raise UserError(f"{processes()} processes cannot share the {windows:,} windows of a step evenly: take {' or '.join(map(str, near))}, or another --batch-tokens")
-    if args.micro_batch is None:                           # the largest up to the preset's that divides
-        micro = next(m for m in range(micro, 0, -1) if windows // processes() % m == 0)
-    unit = T * micro * processes()
-    if recipe.batch_tokens % unit:
-        low, high = recipe.batch_tokens // unit * unit, -(-recipe.batch_tokens // unit) * unit
-        several = f" on {processes()} processes" if processes() > 1 else ""
-        raise UserError(f"--batch-tokens {recipe.batch_tokens:,} is no multiple of {micro} windows of {T} tokens{several}: "
-                        f"take {f'{low:,} or ' if low else ''}{high:,}, or another --micro-batch")
-    return dataclasses.replace(recipe, micro_batch=micro)
-
-
-class Updates:
-    """What a step changes: weights, optimizer, and the count of skipped steps. A subclass says what a step learns from: load(step)."""
-
-    def __init__(self, model, recipe, device, net):
-        """model: what is trained and saved. net: called with a micro-batch, gives (…, loss)."""
-        self.raw, self.net, self.recipe, self.device = model, net, recipe, device
-        self.optimizer = make_optimizer(model, recipe)
-        self.step, self.seconds = 0, 0.0
-        self.skipped, self.streak, self.worst = (torch.zeros((), device=device) for _ in range(3))
-        on_this_gpu = {"initializer": torch.cuda.set_device, "initargs": (torch.cuda.current_device(),)} if device == "cuda" else {}
-        self.thread, self.ahead = ThreadPoolExecutor(1, **on_this_gpu), None
-
-    def update(self):
-        """One step; returns its loss and gradient norm, still on the device, so that nobody waits for them.
-
-        A loss or gradient that is not finite must not reach the weights. AdamW's fused kernel looks at found_inf on the device,
-        as it does for torch.amp.GradScaler, and leaves everything as it is.
-        """
-        batches = (self.ahead or self.thread.submit(self.load, self.step)).result()
-        self.ahead = self.thread.submit(self.load, self.step + 1)                # prepared while this step computes
-        total = torch.zeros((), device=self.device)
-        for x, y, share in batches:
-            x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-            with autocast(self.device):
-                loss = self.net(x, y)[1] * share
-            loss.backward()
-            total += loss.detach()
-        self.synchronise(total)
-        norm = nn.utils.clip_grad_norm_(self.raw.parameters(), self.recipe.clip)
-        bad = (~torch.isfinite(norm + total)).float()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.recipe) * group.get("times", 1.0)
-        self.optimizer.found_inf = bad
-        if self.device != "mps" or not bad.item():         # there the fused kernel does not look
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.skipped, self.streak = self.skipped + bad, (self.streak + bad) * bad
-        self.worst = torch.maximum(self.worst, self.streak)
-        self.step += 1
-        return total, norm
-
-    def synchronise(self, total):
-        """Sum gradients and loss over all processes, once a step and in one piece; each holds its share of the mean already."""
-        if processes() > 1:
-            tensors = [p.grad for p in self.raw.parameters() if p.grad is not None] + [total]
-            flat = summed(torch.cat([t.flatten() for t in tensors]))
-            for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
-                t.copy_(part.view_as(t))
-
-    def state(self):
-        return {"step": self.step, "seconds": self.seconds, "skipped": int(self.skipped), "model": self.raw.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def restore(self, checkpoint):
-        self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
-        self.skipped += checkpoint["skipped"]
-        self.raw.load_state_dict(checkpoint["model"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-
-
-class Training(Updates):
-    """Updates of a GPT from windows of tokens."""
-    unit = "tokens"               # what its speed is counted in
-
-    def __init__(self, model, recipe, tokens, seed, device):
-        super().__init__(model, recipe, device, compiled(model, device))
-        self.tokens, self.seed, self.per_step = tokens, seed, recipe.batch_tokens
-
-    def load(self, step):
-        """The micro-batches of a step: [(inputs, targets, share of the step's targets)]."""
-        T = self.raw.config.block_size
-        windows = step_windows(self.seed, step, self.recipe.batch_tokens // T, self.tokens.windows(T))
-        vocab = self.raw.config.vocab_size - self.raw.config.vocab_padding
-        mine = windows.reshape(processes(), -1, self.recipe.micro_batch)[rank()]           # each process takes its slice
-        targets, batches = self.tokens.targets(windows, T), [self.tokens.batch(part, T, vocab) for part in mine]
-        if self.device == "cuda":
-            batches = [(x.pin_memory(), y.pin_memory()) for x, y in batches]
-        return [(x, y, self.tokens.targets(part, T) / targets) for (x, y), part in zip(batches, mine)]
-
-
-def train(args):
-    """Train, or go on with a run, until its last step; Ctrl-C and SIGTERM save and stop."""
-    preset, data = choose_world(args)
-    config, device, out = PRESETS[preset], pick_device(), Path(args.out or f"runs/{preset}")
-    recipe, (tokens, val) = choose_recipe(args, config, preset), find_shards(data)
-    tokenizer = fineweb.get_tokenizer("tiny" if preset == "tiny" else "gpt2")
-    run = {"preset": preset, "tokenizer": tokenizer.name, "seed": args.seed, "batch_tokens": recipe.batch_tokens, "train_tokens": len(tokens)}
-    checkpoint = unfinished(out, run) if not args.restart else None
-    if checkpoint:
-        if checkpoint["step"] >= recipe.steps and is_finished(out):
-            print(f"{out} is finished ({checkpoint['step']:,} steps). To begin anew: --restart; to look at it: "
-                  f'python train_gpt2.py --sample "The " --ckpt {shlex.quote(str(out / "ckpt.pt"))}')
-            return
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "samples.txt").unlink(missing_ok=True)          # they come last, and tell that a run is finished
-    torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")             # TF32 for what stays fp32
-    model = GPT(config).to(device)
-    training = Training(model, recipe, tokens, args.seed, device)
-    if checkpoint:
-        training.restore(checkpoint)
-        del checkpoint                                     # as large as weights and optimizer
-    describe(preset, data, out, device, model, recipe, tokens, training.step)
-    examples = in_turns(items_for_training) if recipe.hellaswag else None
-    if summed(torch.tensor(float(examples is None), device=device)).item():      # all measure it or none, or they would wait for each other
-        examples = None
-
-    def validate():
-        scores = {name: validation_loss(model, shards, tokenizer, recipe.eval_tokens, recipe.micro_batch, device) for name, shards in val.items()}
-        print("           " + "   ".join(f"{name} {score['loss']:.4f} nats a token, {score['bits']:.3f} bits a byte" for name, score in scores.items()), flush=True)
-        row = {f"val_{name}": score["loss"] for name, score in scores.items()}
-        if examples and training.step >= 250:
-            score = measure_hellaswag(model, tokenizer, examples, device)
-            print("           " + hellaswag.report(score), flush=True)
-            row["hellaswag"] = score["acc_norm"]
-        return row
-
-    loop(training, validate, [*(f"val_{name}" for name in val), "hellaswag"], out, {"config": asdict(config), "run": run}, flops_per_token(config))
-    if rank() == 0:
-        finish(training, tokenizer, out, preset, f" --data {shlex.quote(str(args.data))}" if args.data else "")
-
-
-def unfinished(out, run):
-    """The checkpoint in a run's folder, or None. Raises UserError when it is one of another run."""
-    found = next((out / name for name in ("ckpt.pt", "ckpt.prev.pt") if (out / name).exists()), None)
-    if not found:
-        return None
-    checkpoint = read_checkpoint(found)
-    for key, value in run.items():
-        if checkpoint["run"].get(key) != value:
-            raise UserError(f"{found} was made with {key} {checkpoint['run'].get(key)}, not {value}: keep to it, choose another --out, or begin anew with --restart")
-    return checkpoint
-
-
-def is_finished(out):
-    """Whether the run in a folder has come to its end: its samples are written last."""
-    return (Path(out) / "ckpt.pt").exists() and (Path(out) / "samples.txt").exists()
-
-
-def describe(preset, data, out, device, model, recipe, tokens, step):
-    """What will be done, a line each."""
-    T, c = model.config.block_size, model.config
-    precision = "bf16 products, fp32 weights" if autocast(device)._enabled else "fp32"
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads" if device == "cpu" else device
-    mixture = " (80 % scenes of coloured shapes, 20 % English)" if data.name == "tiny" else ""
-    print(f"data       {data}: {len(tokens):,} tokens for training{mixture}")
-    print(f"device     {name}{f', {processes()} processes' if processes() > 1 else ''}")
-    print(f"precision  {precision}")
-    print(f"model      {preset}: {sum(p.numel() for p in model.parameters()):,} parameters ({c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, context {T})")
-    several = f"{processes()} processes × " if processes() > 1 else ""
-    print(f"step       {recipe.batch_tokens:,} tokens = {several}{recipe.batch_tokens // T // recipe.micro_batch // processes()} micro-batches of {recipe.micro_batch} × {T}")
-    epochs, continued = recipe.steps * recipe.batch_tokens / len(tokens), f"; going on after step {step:,}" if step else ""
-    print(f"run        {out}: {recipe.steps:,} steps, {epochs:.1f} epochs{continued}", flush=True)
-
-
-def loop(training, validate, columns, out, header, flops):
-    """Steps until the last one: log, evaluate and save where it is time.
-
-    validate() prints and returns what the `columns` of log.csv hold. header: what a checkpoint says of its run. flops: of each unit, for MFU.
+    autocast casts a weight that gets no gradient at every call, so at every generated token; cast
+    once, here, most of the time of a token is saved where products are in bf16.
     """
-    recipe, path, columns = training.recipe, out / "ckpt.pt", ["step", "loss", "lr", "norm", "skipped", *columns, f"{training.unit}_per_second", "seconds"]
-    require_same_step(training)
-    with fineweb.only_one(out) if rank() == 0 else contextlib.nullcontext(), signals_noted() as signals:
-        for torn in out.glob(".*.tmp") if rank() == 0 else ():                   # what a kill in the middle of writing has left
-            torn.unlink()
-        stops = torch.zeros((), device=training.device)    # how many processes had a signal, a step ago
-        log, began, first = Log(out / "log.csv", columns, training.step) if rank() == 0 else None, time.time(), training.step
-        while training.step < recipe.steps:
-            try:
-                loss, norm = training.update()
-            except torch.OutOfMemoryError:
-                raise UserError(f"the GPU's memory is too small for micro-batches of {recipe.micro_batch}: use --micro-batch {max(recipe.micro_batch // 2, 1)}") from None
-            step = training.step
-            last, asked = step == recipe.steps, bool(signals)
-            if processes() > 1:                            # a signal to one stops all at the same step: a step later, so that nobody waits for the sum
-                stops, before = summed(torch.tensor(float(asked), device=training.device)), stops
-                asked = before.item() > 0
-            row = {}
-            if step % recipe.log_every == 0 or step % recipe.eval_every == 0 or step == 1 or last or asked:
-                row = {"loss": loss.item(), "lr": learning_rate(step - 1, recipe), "norm": norm.item(), "skipped": int(training.skipped)}
-                now = time.time()
-                seconds, began = now - began, now
-                training.seconds += seconds
-                row |= {f"{training.unit}_per_second": (step - first) * training.per_step / seconds, "seconds": training.seconds}
-                first = step
-                print(progress(step, row, training, flops), flush=True)
-                if training.worst >= PATIENCE:
-                    raise UserError(f"the loss was not finite in {PATIENCE} steps in a row: go on from the last good checkpoint, {path}, with a lower --lr")
-            if step % recipe.eval_every == 0 or last:
-                row |= validate()
-            if row and log:
-                log.add(step=step, **row)
-            if step % recipe.eval_every == 0 or last or asked:
-                if log:
-                    save_checkpoint(path, {"format": FORMAT, **header, **training.state()})
-                    draw_run(out)
-                began = time.time()
-                if asked and not last:
-                    print(f"stopped after step {step:,}, saved in {path}; the same command goes on from there")
-                    sys.exit(128 + (signals or [signal.SIGTERM])[0])
-
-
-@contextlib.contextmanager
-def signals_noted():
-    """Within this context Ctrl-C and SIGTERM are noted in a list, so that a run can save before it ends."""
-    noted = []
-    handlers = {number: signal.signal(number, lambda n, _: noted.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield noted
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def require_same_step(training):
-    """Raise UserError unless all processes stand at the same step: on several machines the run's folder has to be one that all of them see."""
-    if summed(torch.tensor(float(training.step), device=training.device)).item() != training.step * processes():
-        raise UserError("the processes found different checkpoints: let --out be a folder that all machines share")
-
-
-def progress(step, row, training, flops):
-    """The line on the screen for a logged step."""
-    steps, rate = training.recipe.steps, row[f"{training.unit}_per_second"]
-    left = (steps - step) * training.per_step / rate
-    skipped = f" | skipped {row['skipped']}" if row["skipped"] else ""
-    return (f"step {step:>6,} of {steps:,} | loss {row['loss']:7.4f} | lr {row['lr']:.2e} | norm {row['norm']:5.2f} | "
-            f"{rate:9,.0f} {training.unit}/s{mfu(rate, flops, training.device)}{skipped} | {clock(left)} left")
-
-
-def clock(seconds):
-    """2.5 h, or minutes:seconds."""
-    return f"{seconds / 3600:,.1f} h" if seconds > 5400 else f"{int(seconds // 60)}:{int(seconds % 60):02d}"
-
-
-def finish(training, tokenizer, out, preset, data):
-    """What the run has come to: how well the context is used, samples, and where to go from here."""
-    model = training.raw.eval()
-    if preset == "tiny":
-        use = context_use(model, tokenizer, training.device)
-        print("shown the maps of 200 new scenes, it states rightly: " + ", ".join(f"{fact} {share:.2f}" for fact, share in use.items()))
-    prompts = [fineweb.scene_map(fineweb.random_scene(random.Random(0), unseen=False)) + "\n", "The ", "If "] if preset == "tiny" else ["", "The ", "In the beginning"]
-    texts = []
-    for prompt in prompts:
-        idx = torch.tensor([[tokenizer.eot_token, *tokenizer.encode_ordinary(prompt)]], device=training.device)
-        generator = torch.Generator(training.device).manual_seed(0)
-        room = min(model.config.block_size - idx.size(1), 200)
-        row = model.generate(idx, room, temperature=0.8, top_k=50, stop=tokenizer.eot_token, generator=generator)[0, 1:].tolist()
-        texts.append(tokenizer.decode([token for token in row if token != tokenizer.eot_token], errors="replace"))
-    with fineweb.atomic_write(out / "samples.txt", "w", encoding="utf-8") as file:
-        file.write(f"after step {training.step:,}\n" + "".join(f"\n--- {text}\n" for text in texts))
-    for text in texts:
-        print("---", text.strip())
-    print(f"---\n{training.seconds:.0f} s of training. {out} has the checkpoint, log.csv, curves.png and samples.txt. Next:")
-    path = f" --ckpt {shlex.quote(str(out / 'ckpt.pt'))}" if out.as_posix() != "runs/tiny" else ""
-    print(f'  python train_gpt2.py --sample "The "{path}\n  python train_gpt2.py --eval{path}{data}\n  python train_gpt2.py --export-hf gpt2-hf{path}')
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# How fast is it here?
-
-
-def bench(args):
-    """Print tokens/s, MFU and peak memory of training on random tokens, and the time of a full run; on a GPU for growing micro-batches."""
-    device = pick_device()
-    preset = args.preset or ("gpt2" if device == "cuda" else "tiny")
-    config, recipe = PRESETS[preset], RECIPES[preset]
-    sizes = [args.micro_batch] if args.micro_batch else [4, 8, 16, 32, 64] if device == "cuda" else [recipe.micro_batch]
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{preset}: {processes()} process{'es' if processes() > 1 else ''} on {machine}, "
-          f"{'bf16 products' if autocast(device)._enabled else 'fp32'}, context {config.block_size}", flush=True)
-    for size in sizes:
-        try:
-            rate, memory = measure(config, recipe, size, args.batch_tokens or (4 if device == "cuda" else 1) * size * config.block_size * processes(), device)
-        except torch.OutOfMemoryError:
-            print(f"micro-batch {size:>3}: does not fit into the GPU's memory")
-            break
-        full = recipe.steps * recipe.batch_tokens
-        print(f"micro-batch {size:>3}: {rate:9,.0f} tokens/s{mfu(rate, flops_per_token(config), device)} | peak {memory / 1e9:.1f} GB | "
-              f"a full run of {full / 1e6:,.1f} M tokens: {clock(full / rate)}", flush=True)
-
-
-def measure(config, recipe, micro_batch, batch_tokens, device, seconds=10):
-    """(tokens/s, peak bytes) of training steps, after three to warm up."""
-    torch.manual_seed(0)
-    torch.set_float32_matmul_precision("high")
-    torch.compiler.reset()                                 # a size of its own for each call, as a run has only one
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:      # Windows keeps what is mapped
-        shard, vocab = Path(folder) / "random_train_000001.bin", config.vocab_size - config.vocab_padding
-        fineweb.write_shard(shard, np.random.default_rng(0).integers(0, vocab, 4 * batch_tokens + 1))
-        tokens = Tokens([shard])
-        training = Training(GPT(config).to(device), dataclasses.replace(recipe, batch_tokens=batch_tokens, micro_batch=micro_batch), tokens, 0, device)
-        for _ in range(3):
-            training.update()[0].item()
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        rate = batch_tokens * steps_per_second(training, seconds)
-        training.thread.shutdown()
-    return rate, torch.cuda.max_memory_allocated() if device == "cuda" else peak_memory()
-
-
-def steps_per_second(training, seconds):
-    """How fast training.update() is, over so many seconds at least, on all processes alike."""
-    began, steps = time.time(), 0
-    while not steps or summed(torch.tensor(float(time.time() - began < seconds), device=training.device)).item() == processes():
-        for _ in range(3):                                 # wait for the device now and then only, as training does
-            loss, _ = training.update()
-        loss.item()
-        steps += 3
-    return steps / (time.time() - began)
-
-
-def peak_memory():
-    """The most bytes that this process has had, where the system tells."""
-    try:
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    except ImportError:
-        return math.nan
-
-
-def mfu(rate, flops, device):
-    """Model FLOPs utilisation (Chowdhery et al. 2022, appendix B) as text, where the card's peak is known."""
-    card = torch.cuda.get_device_name() if device == "cuda" else ""
-    peak = next((peak for name, peak in PEAK.items() if name in card), None)
-    return f" | MFU {rate * flops / peak / processes():5.1%}" if peak and flops else ""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Commands on a checkpoint
-
-
-def newest_checkpoint(args):
-    """--ckpt, or the run of the largest preset that is there."""
-    if args.ckpt:
-        return args.ckpt
-    return next((path for path in (Path("runs") / preset / "ckpt.pt" for preset in reversed(PRESETS)) if path.exists()), Path("runs/tiny/ckpt.pt"))
+    model.to(device).eval().requires_grad_(False)
+    if uses_bf16(device):
+        for name, module in model.named_modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d, nn.MultiheadAttention)) or name == "wte":
+                module.bfloat16()
+    return model
 
 
 @torch.no_grad()
 def sample(args):
-    """Print continuations of a prompt as they are generated; with --num the first one streams and the others follow."""
-    path = newest_checkpoint(args)
-    model, tokenizer, _ = load_checkpoint(path)
+    """Print continuations of a text; the first is printed as it is generated, the others follow."""
+    model, tokenizer, _ = load_model(args.ckpt or default_checkpoint())
     device = pick_device()
-    model.to(device)
-    text = args.sample.encode("utf-8", "surrogateescape").decode("utf-8", "replace")         # a terminal's odd bytes
+    freeze(model, device)
+    text = args.sample.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     prompt = [tokenizer.eot_token, *tokenizer.encode_ordinary(text)]
     generator = torch.Generator(device).manual_seed(args.seed)
-    rows, decoders = [[] for _ in range(args.num)], [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(args.num)]
+    texts = [text] * args.num
+    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in texts]  # bytes to text
+    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    sampling |= {"stop": tokenizer.eot_token, "generator": generator}
+    idx = torch.tensor([prompt] * args.num, device=device)
     print(text, end="", flush=True)
-    tokens = model.stream(torch.tensor([prompt] * args.num, device=device), args.max_new_tokens, args.temperature, args.top_k, args.top_p,
-                          stop=tokenizer.eot_token, generator=generator)
     with autocast(device):
-        for token in tokens:
-            for i, t in enumerate(token.tolist()):
-                rows[i].append("" if t == tokenizer.eot_token else decoders[i].decode(tokenizer.decode_single_token_bytes(t)))
-            print(rows[0][-1], end="", flush=True)
-    print("".join(f"\n---\n{text}{''.join(row)}" for row in rows[1:]))
+        for tokens in stream(model, idx, args.max_new_tokens, **sampling):
+            for i, token in enumerate(tokens.tolist()):
+                if token != tokenizer.eot_token:
+                    new = decoders[i].decode(tokenizer.decode_single_token_bytes(token))
+                    texts[i] += new
+                    print(new if i == 0 else "", end="", flush=True)
+    print()
+    for other in texts[1:]:
+        print(f"---\n{other}")
 
 
 def evaluate(args):
-    """Print the validation losses of a checkpoint, and its accuracies on HellaSwag."""
-    path = newest_checkpoint(args)
-    model, tokenizer, checkpoint = in_turns(lambda: load_checkpoint(path))
-    device, preset = pick_device(), checkpoint.get("run", {}).get("preset", "gpt2")
+    """Print the validation losses of a model, and its accuracies on HellaSwag."""
+    path = args.ckpt or default_checkpoint()
+    with rank_zero_first():
+        model, tokenizer, checkpoint = load_model(path)
+    device = pick_device()
     model.to(device)
-    data = Path(args.data or ("data/tiny" if preset == "tiny" else "data/fineweb_edu"))
+    preset = checkpoint.get("run", {}).get("preset", "gpt2")
+    data = Path(args.data or default_data(preset))
     if preset == "tiny" and not args.data:
-        fineweb.make_tiny(data)
-    recipe = RECIPES[preset]
-    if not args.data and not data.exists():
-        print(f"validation not measured: no shards in {data} (python fineweb.py fetches them)")
-    for name, tokens in (find_shards(data)[1] if args.data or data.exists() else {}).items():
-        score = validation_loss(model, tokens, tokenizer, recipe.eval_tokens, recipe.micro_batch, device)
-        print(f"{name:10s} {score['loss']:.4f} nats a token, {score['bits']:.3f} bits a byte  ({path}, {data})")
-    if preset == "tiny":
-        print("context    " + ", ".join(f"{fact} {share:.2f}" for fact, share in context_use(model, tokenizer, device).items()) + "  (maps of 200 new scenes)")
-        print(f"HellaSwag  not measured: its items are longer than this model's context of {model.config.block_size} tokens")
+        with rank_zero_first():
+            fineweb.make_toy_text(data)
+    if data.exists() or args.data:
+        _, val_sets, _ = open_data(data, model.config)
+        print(f"{path}, {data}:")
+        validate(model, model.config, val_sets, tokenizer, RECIPES[preset], device)
     else:
-        examples, note = in_turns(lambda: hellaswag.load_examples(args.hellaswag))
-        chosen = hellaswag.subset(examples, args.limit)
-        note = ", ".join(filter(None, [note, f"{len(chosen):,} of {len(examples):,} items, a fixed random subset" if args.limit else ""]))
-        print(hellaswag.report(measure_hellaswag(model, tokenizer, chosen, device, harness=True), note))
+        print(f"no validation loss: no shards in {data} (python fineweb.py downloads them)")
+    if tokenizer.name != "gpt2":
+        print("no HellaSwag: its items are longer than the context of this model")
+        return
+    with rank_zero_first():
+        examples, note = hellaswag.load_examples(args.hellaswag)
+    chosen = hellaswag.subset(examples, args.limit)
+    notes = [note] if note else []
+    if len(chosen) < len(examples):
+        notes.append(f"{len(chosen):,} of {len(examples):,} items, always the same random ones")
+    scores = {}
+    for prefix in ("", "harness_"):
+        items = [hellaswag.render(example, tokenizer, bool(prefix)) for example in chosen]
+        scores |= evaluate_hellaswag(model, items, device, prefix)
+    print(hellaswag.report(scores, notes))
+
+
+def default_checkpoint():
+    """The run of the largest preset that is there."""
+    paths = [Path(f"runs/{preset}/ckpt.pt") for preset in PRESETS]
+    return max((path for path in paths if path.exists()), default=paths[0], key=paths.index)
+
+
+# -----------------------------------------------------------------------------
+# Appendix A: devices and processes
+
+PEAK_FLOPS = {  # dense bf16, a second
+    "A100": 312e12, "H100": 989e12, "H200": 989e12, "4090": 165e12, "3090": 71e12, "A5000": 111e12}
+
+
+def pick_device():
+    """The GPU of this rank, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def uses_bf16(device):
+    """Whether the hardware has bf16 matrix products: CUDA from sm80, CPUs with AVX512-BF16, AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def autocast(device):
+    """Mixed precision: within this context matrix products are in bf16, where that is fast."""
+    kind = "cpu" if device.type == "mps" else device.type
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=uses_bf16(device))
+
+
+def join_processes():
+    """Under torchrun, make this process one of several: NCCL on GPUs, gloo on CPUs."""
+    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    if "RANK" not in os.environ or dist.is_initialized():
+        return
+    if missing:
+        raise UserError(f"RANK is set but not {', '.join(missing)}: unset it, or use torchrun")
+    device = pick_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_reduce(tensor):
+    """The tensor summed over all ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+@contextlib.contextmanager
+def rank_zero_first():
+    """Rank 0 runs the body first (it downloads or computes), then the others, who find it done."""
+    if world_size() == 1:
+        yield
+        return
+    day = datetime.timedelta(days=1)  # what rank 0 prepares may take hours
+    group = dist.new_group(backend="gloo", timeout=day)
+    if rank() > 0:
+        dist.barrier(group)
+    try:
+        yield
+    finally:
+        if rank() == 0:
+            dist.barrier(group)
+
+
+def parallelize(model, device, compile=True):
+    """The model as it is trained: with DDP on several ranks, and compiled on GPUs."""
+    if world_size() > 1:
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    if compile and device.type == "cuda":
+        try:
+            compiled(torch.sin)(torch.ones(1, device=device))
+        except (RuntimeError, ImportError, OSError):
+            print("not compiled: there is no working compiler; training is slower")
+        else:
+            model = torch.compile(model)
+    return model
+
+
+def flops_per_token(config):
+    """Of a training step (Chowdhery et al. 2022, appendix B): 6 per weight, and attention's."""
+    weights = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
+    return 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size
+
+
+def mfu(flops_per_second):
+    """Model FLOPs utilization as text, where the peak of the card is known."""
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    for name, peak in PEAK_FLOPS.items():
+        if name in card:
+            return f" | MFU {flops_per_second / peak / world_size():5.1%}"
+    return ""
+
+
+def peak_memory():
+    """The most memory that this process has had, as text: of the GPU, or of the CPU."""
+    if torch.cuda.is_available():
+        return f" | {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return ""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f" | {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB"
+
+
+# -----------------------------------------------------------------------------
+# Appendix B: the folder of a run
+
+FORMAT = 2  # of checkpoints
+PATIENCE = 10  # steps in a row whose loss is not finite before a run gives up
+
+
+class Run:
+    """The folder of a run, by one process at a time: checkpoint, log.csv, and how to stop.
+
+    kind: what must stay the same when the run is continued. unit: what its speed counts. In the
+    context of a Run, Ctrl-C, SIGTERM and SIGHUP are noted and the loop is asked to stop; the
+    second one stops at once. log.csv is cut back to the checkpoint first: those rows come again.
+    """
+
+    def __init__(self, out, kind, recipe, unit, restart=False):
+        self.out = Path(out)
+        self.path = self.out / "ckpt.pt"
+        self.kind = kind
+        self.recipe = recipe
+        self.unit = unit
+        self.step = 0  # finished steps
+        self.seconds = 0.0  # of training, without evaluation
+        self.skipped = 0  # steps whose loss was not finite
+        self.skipped_in_a_row = 0
+        self.best = math.inf  # the lowest validation loss, where someone asks for it
+        self.signal = None
+        self.checkpoint = None if restart else self.find_checkpoint()
+
+    def find_checkpoint(self):
+        """The checkpoint in the folder, or None; UserError when it is one of another run."""
+        for path in (self.path, self.path.with_suffix(".prev.pt")):
+            if path.exists():
+                checkpoint = read_checkpoint(path)
+                for key, value in self.kind.items():
+                    other = checkpoint["run"].get(key)
+                    if other != value:
+                        reason = f"{path} was made with {key} {other}, not {value}"
+                        raise UserError(f"{reason}: choose another --out, or --restart")
+                return checkpoint
+        return None
+
+    def resume(self, model, optimizer):
+        """Go on where the checkpoint in the folder stopped, if there is one."""
+        if self.checkpoint:
+            model.load_state_dict(self.checkpoint["model"])
+            optimizer.load_state_dict(self.checkpoint["optimizer"])
+            for name in ("step", "seconds", "skipped", "best"):
+                setattr(self, name, self.checkpoint[name])
+            self.checkpoint = None  # it is as large as weights and optimizer
+        steps = torch.tensor(float(self.step), device=pick_device())
+        if all_reduce(steps).item() != self.step * world_size():
+            raise UserError("the ranks found different checkpoints: --out must be shared by all")
+
+    def __enter__(self):
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.stack = contextlib.ExitStack()
+        if rank() == 0:
+            self.stack.enter_context(fineweb.lock(self.out))
+            for temporary in self.out.glob(".*.tmp"):  # left by a kill in the middle of writing
+                temporary.unlink()
+            rows = [row for row in read_log(self.out / "log.csv") if row["step"] <= self.step]
+            self.write_log(rows if self.step else [])
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):
+                number = getattr(signal, name)
+                self.stack.callback(signal.signal, number, signal.signal(number, self.on_signal))
+        self.timed_from = (self.step, time.time())
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        self.stack.close()
+        if isinstance(error, torch.OutOfMemoryError):
+            half = max(self.recipe.micro_batch // 2, 1)
+            raise UserError(f"out of memory: use --micro-batch {half}") from None
+        if isinstance(error, RuntimeError) and "timed out" in str(error).lower():
+            raise UserError("another rank does not answer: look at its output") from None
+
+    def on_signal(self, number, frame):
+        os.write(2, b"\nstopping after this step; once more stops at once\n")
+        self.signal = number
+        for other in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(other, signal.SIG_DFL)
+
+    def stop_requested(self):
+        """Whether a rank was asked to stop: then all do, at the same step."""
+        asked = torch.tensor(float(self.signal is not None), device=pick_device())
+        return all_reduce(asked).item() > 0
+
+    def exit(self):
+        print(f"stopped after step {self.step:,}; the same command goes on from there")
+        sys.exit(128 + (self.signal or signal.SIGTERM))
+
+    def count_step(self, loss, norm):
+        self.step += 1
+        finite = math.isfinite(loss + norm)
+        self.skipped += not finite
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row == PATIENCE:
+            reason = f"the loss was not finite in {PATIENCE} steps in a row"
+            raise UserError(f"{reason}: the same command with a lower --lr goes on from {self.path}")
+
+    def progress(self, loss, lr, norm, per_step, flops=0):
+        """Print a line about the last steps; returns it as columns of the log."""
+        step, began = self.timed_from
+        now = time.time()
+        rate = (self.step - step) * per_step / (now - began)
+        self.seconds += now - began
+        self.timed_from = (self.step, now)
+        left = (self.recipe.max_steps - self.step) * per_step / rate
+        skipped = f" | skipped {self.skipped}" if self.skipped else ""
+        print(
+            f"step {self.step:>6,} of {self.recipe.max_steps:,} | loss {loss:7.4f} | lr {lr:.2e} | "
+            f"norm {norm:5.2f} | {rate:9,.0f} {self.unit}/s{mfu(rate * flops) if flops else ''}"
+            f"{peak_memory()}{skipped} | {clock(left)} left", flush=True)
+        row = {"loss": loss, "lr": lr, "norm": norm, "skipped": self.skipped}
+        return row | {f"{self.unit}_per_second": rate, "seconds": self.seconds}
+
+    def log(self, row):
+        """Append a row to log.csv; a new column begins the file anew."""
+        if row and rank() == 0:
+            rows = read_log(self.out / "log.csv")
+            self.write_log([*rows, {"step": self.step} | row])
+
+    def write_log(self, rows):
+        columns = dict.fromkeys(key for row in rows for key in row)
+        with fineweb.atomic_write(self.out / "log.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def save(self, model, optimizer):
+        """Write the checkpoint, keep the one before, and draw the curves."""
+        if rank() == 0:
+            content = {"run": self.kind, "model": model.state_dict(), "seconds": self.seconds}
+            content |= {"step": self.step, "skipped": self.skipped, "best": self.best}
+            content |= {"optimizer": optimizer.state_dict()}
+            if hasattr(model, "config"):
+                content["config"] = asdict(model.config)
+            save_checkpoint(self.path, content)
+            draw_run(self.out)
+        self.timed_from = (self.step, time.time())
+
+
+def save_checkpoint(path, content, keep=True):
+    """Write tensors, numbers, strings and dicts; keep: the file before stays as NAME.prev.pt."""
+    path = Path(path)
+    new = path.with_suffix(".new.pt")
+    try:
+        with fineweb.atomic_write(new) as file:
+            torch.save({"format": FORMAT} | content, file)
+    except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of a full disk
+        reason = getattr(error, "strerror", None) or "the disk did not take all of it"
+        raise UserError(f"{path} cannot be written ({reason}): make room, and go on") from None
+    if keep and path.exists():
+        os.replace(path, path.with_suffix(".prev.pt"))
+    os.replace(new, path)
+
+
+def read_checkpoint(path, holds="run"):
+    """What save_checkpoint() wrote; UserError when it is damaged, or another kind of file."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} is not there: train first, or name another --ckpt")
+    damage = (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, RuntimeError, KeyError)
+    try:
+        with zipfile.ZipFile(path) as parts:  # PyTorch does not look at the checksums
+            if parts.testzip():
+                raise zipfile.BadZipFile
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if "format" not in checkpoint:
+            raise UserError(f"{path} is a checkpoint of another program: name another --ckpt")
+    except (*damage, EOFError, TypeError, ValueError, NotImplementedError):
+        other = path.with_suffix(".prev.pt")
+        what_to_do = f"rename {other} to it" if other.exists() else "remove it, if it is ours"
+        raise UserError(f"{path} is damaged, or not a checkpoint: {what_to_do}") from None
+    if checkpoint["format"] != FORMAT or holds not in checkpoint:
+        reason = f"{path} is of another kind (format {checkpoint['format']}, {FORMAT} is read here)"
+        raise UserError(f"{reason}: name another --ckpt, or begin anew with --restart")
+    return checkpoint
+
+
+def read_log(path):
+    """The rows of log.csv as dicts of floats; what is empty or cut off is left out."""
+    if not Path(path).exists():
+        return []
+    rows = []
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        for row in csv.DictReader(line.replace("\0", "") for line in file):
+            try:
+                rows.append({key: float(value) for key, value in row.items() if value})
+            except (TypeError, ValueError):  # a line that was not finished
+                continue
+    return [row for row in rows if "step" in row]
+
+
+def draw_run(out):
+    """curves.png of a run, from its log: losses, and HellaSwag if it was measured."""
+    rows = read_log(Path(out) / "log.csv")
+    lines = {"training": curve(rows, "loss")}
+    for name in dict.fromkeys(key for row in rows for key in row if key.startswith("val_")):
+        label = name.removeprefix("val_")
+        lines["validation" if label == "val" else label] = curve(rows, name)
+    panels = [("loss, nats per token", lines)]
+    if any("hellaswag" in row for row in rows):
+        accuracy = curve(rows, "hellaswag")
+        openai = [(step, 0.2955) for step, _ in accuracy]
+        lines = {"this run": accuracy, "OpenAI's 124M": openai}
+        panels.append(("HellaSwag, acc_norm by token mean", lines))
+    draw_curves(Path(out) / "curves.png", panels)
+
+
+def curve(rows, key):
+    """The points (step, value) of a column of the log."""
+    return [(row["step"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
+
+
+def draw_curves(path, panels):
+    """Line charts side by side; panels: [(title, {label of a line: [(step, y), ...]}), ...]."""
+    image = Image.new("RGB", (PANEL[0] * len(panels), PANEL[1]), "white")
+    for p, (title, lines) in enumerate(panels):
+        draw_panel(ImageDraw.Draw(image), p * PANEL[0], title, lines)
+    with fineweb.atomic_write(path) as file:
+        image.reduce(2).save(file, "PNG")
+
+
+PANEL = (1800, 960)  # pixels of a chart; halved at the end, for smooth lines
+LINE_COLORS = ("#94a3b8", "#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed")
+
+
+def draw_panel(draw, x0, title, lines):
+    """One chart of draw_curves(), from column x0 on."""
+    font = ImageFont.load_default(30)
+    left, right = x0 + 140, x0 + PANEL[0] - 60
+    top, bottom = 100, PANEL[1] - 120
+    points = [point for line in lines.values() for point in line]
+    x_ticks = nice_ticks([x for x, _ in points])
+    y_ticks = nice_ticks([y for _, y in points])
+
+    def at(x, y):
+        across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        return left + across * (right - left), bottom - up * (bottom - top)
+
+    for x in x_ticks:
+        draw.line([at(x, y_ticks[0]), at(x, y_ticks[-1])], "#e5e7eb", 2)
+        draw.text((at(x, 0)[0], bottom + 16), f"{x:,.10g}", "#374151", font, anchor="mt")
+    for y in y_ticks:
+        draw.line([at(x_ticks[0], y), at(x_ticks[-1], y)], "#e5e7eb", 2)
+        draw.text((left - 16, at(0, y)[1]), f"{y:.6g}", "#374151", font, anchor="rm")
+    draw.text(((left + right) / 2, 28), title, "#111827", font, anchor="mt")
+    draw.text(((left + right) / 2, PANEL[1] - 24), "step", "#374151", font, anchor="mb")
+    for i, (label, line) in enumerate(lines.items()):
+        draw.line([at(x, y) for x, y in line], LINE_COLORS[i], 5, joint="curve")
+        y = top + 30 + 48 * i  # the legend stands in the upper right corner
+        draw.line([(right - 380, y), (right - 320, y)], LINE_COLORS[i], 8)
+        draw.text((right - 300, y), label, "#111827", font, anchor="lm")
+
+
+def nice_ticks(values):
+    """Some six ticks, at 1, 2 or 5 times a power of ten, between which all values lie."""
+    low = min(values, default=0)
+    high = max(values, default=1)
+    span = (high - low) or 1
+    step = 10 ** math.floor(math.log10(span / 6))
+    while span / step > 6:
+        step *= 2.5 if f"{step:e}"[0] == "2" else 2
+    first = math.floor(low / step)
+    last = max(math.ceil(high / step), first + 1)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def clock(seconds):
+    """2.5 h, or minutes:seconds."""
+    if seconds > 5400:
+        return f"{seconds / 3600:,.1f} h"
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+
+
+# -----------------------------------------------------------------------------
+# Command line
+
+
+def default_data(preset):
+    return Path("data/tiny" if preset == "tiny" else "data/fineweb_edu")
+
+
+def choose_setup(args, device):
+    """(preset, folder of shards): by flag; else the 124M with a GPU and its data, or the toy setup.
+
+    Own text of less than 100 M tokens, or on a CPU, gets the preset `small`.
+    """
+    preset = args.preset
+    full = default_data("gpt2")
+    if preset is None:
+        preset = "small" if args.data else "tiny"
+        if args.data and fineweb.read_tokens_info(args.data)["tokenizer"] == "tiny":
+            preset = "tiny"
+        if device.type == "cuda" and (args.data or full.exists()):
+            if len(open_shards(args.data or full)[0]) >= 100e6:
+                preset = "gpt2"
+    if preset == "tiny" and not args.preset and not args.data:
+        why = f"there are no shards in {full}" if device.type == "cuda" else "there is no GPU"
+        print(f"setup      toy: {why}. For the full size: python fineweb.py --tokens 10B, then")
+        print("           python train_gpt2.py --preset gpt2")
+    data = Path(args.data or default_data(preset))
+    if preset == "tiny" and not args.data:
+        with rank_zero_first():
+            fineweb.make_toy_text(data)
+    return preset, data
+
+
+def choose_recipe(recipe, args, T):
+    """The recipe with the flags' changes; UserError if a step is no multiple of micro-batches."""
+    recipe = with_flags(recipe, args)
+    if args.micro_batch is None:  # the preset's, or what divides the step
+        windows = recipe.batch_size // (T * world_size())
+        recipe = dataclasses.replace(recipe, micro_batch=math.gcd(recipe.micro_batch, windows) or 1)
+    unit = T * recipe.micro_batch * world_size()
+    if recipe.batch_size % unit or not recipe.batch_size:
+        what = f"{recipe.micro_batch} windows of {T} tokens on {world_size()} processes = {unit:,}"
+        raise UserError(f"--batch-tokens {recipe.batch_size:,} is no multiple of {what}: change it")
+    return recipe
+
+
+def open_data(folder, config):
+    """(training set, validation sets, tokenizer) of a folder of shards; UserError if they do not
+    have the vocabulary of the model."""
+    train_set, val_sets = open_shards(folder)
+    tokenizer = fineweb.get_tokenizer(fineweb.read_tokens_info(folder)["tokenizer"])
+    if tokenizer.n_vocab != config.n_vocab:
+        reason = f"{folder} has tokens of {tokenizer.name}, {tokenizer.n_vocab:,} of them"
+        raise UserError(f"{reason}, and the model {config.n_vocab:,}: name another --preset")
+    return train_set, val_sets, tokenizer
+
+
+def describe(run, preset, data, model, train_set, device):
+    """What will be done, a line each."""
+    c = model.config
+    recipe = run.recipe
+    name = f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+    precision = "bf16 products, fp32 weights" if uses_bf16(device) else "fp32"
+    parameters = sum(p.numel() for p in model.parameters())
+    windows = recipe.batch_size // c.block_size
+    accumulated = windows // recipe.micro_batch // world_size()
+    epochs = recipe.max_steps * recipe.batch_size / len(train_set)
+    going_on = f"; going on after step {run.step:,}" if run.step else ""
+    if run.step >= recipe.max_steps:
+        going_on = "; it is finished, --restart begins anew"
+    print(f"data       {data}: {len(train_set):,} tokens for training")
+    print(f"device     {name}, {world_size()} process(es), {precision}")
+    print(f"model      {preset}: {parameters:,} parameters ({c.n_layer} layers, {c.n_head} heads, "
+          f"width {c.n_embd}, context {c.block_size})")
+    print(f"step       {recipe.batch_size:,} tokens = {world_size()} process(es) x {accumulated} "
+          f"micro-batch(es) of {recipe.micro_batch} x {c.block_size}")
+    steps = f"{recipe.max_steps:,} steps, {epochs:.1f} epochs"
+    print(f"run        {run.out}: {steps}{going_on}", flush=True)
+
+
+def finish(run, model, tokenizer, args):
+    """Write and print samples, and what to do next."""
+    if rank() > 0:
+        return
+    prompts = ["", "The ", "In the beginning"]
+    if tokenizer.name == "tiny":
+        scene = fineweb.random_scene(random.Random(0), held_out=False)
+        prompts = [fineweb.scene_map(scene) + "\n", "The ", "If "]
+    device = pick_device()
+    freeze(model, device)
+    texts = []
+    for prompt in prompts:
+        tokens = [tokenizer.eot_token, *tokenizer.encode_ordinary(prompt)]
+        sampling = {"temperature": 0.8, "top_k": 50, "stop": tokenizer.eot_token}
+        sampling["generator"] = torch.Generator(device).manual_seed(0)
+        length = min(model.config.block_size - len(tokens), 200)
+        idx = torch.tensor([tokens], device=device)
+        row = generate(model, idx, length, **sampling)[0].tolist()
+        row = [token for token in row if token != tokenizer.eot_token]
+        texts.append(f"--- {tokenizer.decode(row, errors='replace')}\n")
+    with fineweb.atomic_write(run.out / "samples.txt", "w") as file:  # its end: the run is finished
+        file.writelines(texts)
+    print("".join(texts))
+    where = "" if run.out == Path("runs/tiny") else f" --ckpt {shlex.quote(str(run.out))}"
+    data = f" --data {shlex.quote(args.data)}" if args.data else ""
+    print(f"{run.seconds:.0f} s of training; {run.out} has the checkpoint, log, curves and samples.")
+    print(f'Next:\n  python train_gpt2.py --sample "The "{where}')
+    print(f"  python train_gpt2.py --eval{where}{data}")
+    print(f"  python train_gpt2.py --export-hf gpt2-hf{where}")
+
+
+def is_finished(out):
+    """Whether a run of train() has come to its end: the samples are written last."""
+    return (Path(out) / "ckpt.pt").exists() and (Path(out) / "samples.txt").exists()
 
 
 def main(arguments=None):
-    """The commands at the top of this file."""
-    parser = fineweb.Parser(__doc__)
+    parser = fineweb.ArgumentParser(__doc__)
+    positive = number(int, 1)
     group = parser.add_argument_group("training")
     group.add_argument("--preset", choices=PRESETS, help="shape and recipe of the model")
     group.add_argument("--data", help="folder of shards (python fineweb.py makes one)")
-    group.add_argument("--out", help="folder of the run (default runs/<preset>)")
-    group.add_argument("--steps", type=positive, help="updates of the weights")
-    group.add_argument("--batch-tokens", type=positive, help="tokens for each update")
-    group.add_argument("--micro-batch", type=positive, help="windows computed at once: lower it when memory is short")
-    group.add_argument("--lr", type=non_negative, help="highest learning rate")
-    group.add_argument("--eval-every", type=positive, help="steps between evaluations and checkpoints")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--out", help="folder of the run (default: runs/<preset>)")
+    group.add_argument("--steps", dest="max_steps", type=positive, help="updates of the weights")
+    group.add_argument("--batch-tokens", dest="batch_size", type=positive, help="tokens a step")
+    group.add_argument("--micro-batch", type=positive, help="windows at once: less memory if lower")
+    group.add_argument("--lr", type=number(float, 0, 1), help="the highest learning rate")
+    group.add_argument("--eval-every", type=positive, help="steps between evaluations")
+    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
     group.add_argument("--restart", action="store_true", help="forget what is in the run's folder")
-    group.add_argument("--bench", action="store_true", help="measure speed and memory on this machine")
     group = parser.add_argument_group("with a trained model")
     group.add_argument("--sample", metavar="TEXT", help="continue TEXT")
     group.add_argument("--eval", action="store_true", help="validation loss and HellaSwag")
-    group.add_argument("--limit", type=positive, metavar="N", help="measure HellaSwag on N of its items, always the same")
-    group.add_argument("--hellaswag", metavar="FILE", help="items of HellaSwag other than the published file")
     group.add_argument("--export-hf", metavar="DIR", help="write a folder for transformers")
-    group.add_argument("--ckpt", help="a checkpoint, a folder with safetensors, or gpt2, gpt2-medium, gpt2-large, gpt2-xl from OpenAI")
+    group.add_argument("--ckpt", help="checkpoint, run, folder for transformers, or gpt2, gpt2-xl")
+    group.add_argument("--limit", type=positive, help="HellaSwag on so many of its items")
+    group.add_argument("--hellaswag", metavar="FILE", help="HellaSwag on the items of another file")
     group.add_argument("--max-new-tokens", type=positive, default=200)
-    group.add_argument("--temperature", type=non_negative, default=0.8)
+    group.add_argument("--temperature", type=number(float, 0, 100), default=0.8)
     group.add_argument("--top-k", type=positive)
-    group.add_argument("--top-p", type=share)
+    group.add_argument("--top-p", type=number(float, 0.001, 1))
     group.add_argument("--num", type=positive, default=1, help="how many samples")
     args = parser.parse_args(arguments)
     join_processes()
-    if args.bench:
-        bench(args)
-    elif args.sample is not None:
+    if args.sample is not None:
         sample(args)
     elif args.eval:
         evaluate(args)
     elif args.export_hf:
-        model, tokenizer, _ = load_checkpoint(newest_checkpoint(args))
+        model, tokenizer, _ = load_model(args.ckpt or default_checkpoint())
         export_hf(model, tokenizer, args.export_hf)
-        print(f"{args.export_hf} is ready for transformers.AutoModelForCausalLM.from_pretrained")
     else:
+        parser.refuse(args, "training", "--ckpt", "--limit", "--hellaswag", "--top-k", "--top-p")
         train(args)
-
-
-def share(text):
-    """A number above 0, up to 1."""
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return value
-
-
-def non_negative(text):
-    """A number from 0."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
-    return value
-
-
-def positive(text):
-    """An integer above 0."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
 
 
 if __name__ == "__main__":
