@@ -498,7 +498,8 @@ def prefetch(get, first, last, device):
         ahead = thread.submit(prepare, first)
         for step in range(first, last):
             batches = ahead.result()
-            ahead = thread.submit(prepare, step + 1)
+            if step + 1 < last:
+                ahead = thread.submit(prepare, step + 1)
             yield step, batches
 
 
@@ -873,7 +874,7 @@ def from_pretrained(name):
     path = path / "model.safetensors" if path.is_dir() else path
     if not path.exists():
         raise UserError(f"{path} is not there: save the model as one safetensors file")
-    config = {"n_head": None}
+    config = {}
     if path.with_name("config.json").exists():
         config = fineweb.read_json(path.with_name("config.json"))
     for key, values in COMPUTED.items():
@@ -886,7 +887,10 @@ def from_pretrained(name):
         n_layer = sum(name.endswith("ln_1.weight") for name in tensors)
         if not torch.equal(head, tensors["wte.weight"]):
             raise UserError(f"{path} has a head of its own: only a tied one is computed here")
-        n_head = config["n_head"] or C // 64  # OpenAI's heads have size 64
+        n_head = config.get("n_head", C / 64)  # OpenAI's heads have size 64
+        if n_head != int(n_head) or C % n_head:
+            raise UserError(f"{path}: its config.json is missing or wrong: width {C}, {n_head} heads")
+        n_head = int(n_head)
         model = GPT(GPTConfig(len(tensors["wpe.weight"]), V, n_layer, n_head, C))
         for name in model.state_dict():
             if is_conv1d(name):
