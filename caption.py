@@ -27,15 +27,12 @@ import os
 import random
 import sys
 import textwrap
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
@@ -398,20 +395,22 @@ class PictureSet:
 
     pictures: list  # as coco_eval.read_dataset() gives them
     captions: list  # for each picture a list of token lists
-    features: np.ndarray  # (N, S, D), float16, on disk
-    rows: np.ndarray  # for each picture its row in features
+    features: list  # chunks (CHUNK, S, D), float16, on disk
+    rows: np.ndarray  # for each picture its row in all chunks
 
     def __len__(self):
         return len(self.pictures)
 
     def vision(self, chosen):
         """Vision tokens (B, S, D) of the chosen pictures."""
-        return torch.from_numpy(np.asarray(self.features[self.rows[chosen]], dtype=np.float32))
+        rows = self.rows[np.asarray(chosen)]
+        tokens = [self.features[row // CHUNK][row % CHUNK] for row in rows]
+        return torch.from_numpy(np.stack(tokens).astype(np.float32))
 
     def subset(self, chosen):
         pictures = [self.pictures[i] for i in chosen]
-        return PictureSet(pictures, [self.captions[i] for i in chosen], self.features,
-                          self.rows[np.asarray(chosen, dtype=int)])
+        captions = [self.captions[i] for i in chosen]
+        return PictureSet(pictures, captions, self.features, self.rows[np.array(chosen, int)])
 
     def shuffled(self):
         """Each picture with the vision tokens of the one before it."""
@@ -419,7 +418,7 @@ class PictureSet:
 
     def blind(self):
         """The same captions with vision tokens that are all 0."""
-        return replace(self, features=np.broadcast_to(np.float16(0), self.features.shape))
+        return replace(self, features=[np.zeros_like(chunk) for chunk in self.features])
 
 
 def clean_caption(text):
@@ -438,7 +437,8 @@ def get_micro_batches(train_set, captioner, recipe, seed, step):
     batches = []
     for part in np.array_split(mine, math.ceil(len(mine) / recipe.micro_batch)):
         packed = captioner.pack([train_set.captions[i] for i in part])
-        batches.append((train_set.vision(part), packed, targets(part) / targets(chosen)))
+        vision, packed = train_gpt2.pin(train_set.vision(part), packed)
+        batches.append((vision, packed, targets(part) / targets(chosen)))
     return batches
 
 
@@ -452,7 +452,7 @@ def train(name, setup, args, blind=False):
         train_set = train_set.blind()
         val_set = val_set.blind()
     torch.manual_seed(args.seed)
-    captioner = build(name, *train_set.features.shape[1:], setup.decoder).to(device)
+    captioner = build(name, *train_set.features[0].shape[1:], setup.decoder).to(device)
     recipe = choose_recipe(name, setup, len(train_set), args)
     optimizer = train_gpt2.configure_optimizer(captioner.bridge, recipe, {"gates": GATE_LR_SCALE})
     kind = describe_run(name, setup, train_set, recipe, args)
@@ -468,8 +468,7 @@ def train(name, setup, args, blind=False):
     get_batches = functools.partial(get_micro_batches, train_set, captioner, recipe, args.seed)
     captions_a_step = recipe.batch_size * sum(map(len, train_set.captions)) / len(train_set)
     with run:
-        for step, micro_batches in train_gpt2.prefetch(
-                get_batches, run.step, recipe.max_steps, device):
+        for step, micro_batches in train_gpt2.prefetch(get_batches, run.step, recipe.max_steps):
             lr = get_lr(step, recipe)
             set_lr(optimizer, lr)
             loss, norm = train_step(parallel, optimizer, micro_batches, recipe.grad_clip, device)
@@ -520,7 +519,7 @@ def choose_recipe(name, setup, pictures, args):
 
 def describe_run(name, setup, train_set, recipe, args):
     """What has to stay the same when a run is continued, and what its bridge needs to be used."""
-    _, S, D = train_set.features.shape
+    S, D = train_set.features[0].shape[1:]
     captions = hashlib.sha256(json.dumps(train_set.captions).encode()).hexdigest()[:16]
     kind = {"bridge": name, "S": S, "D": D, "grid": args.grid_size, "captions": captions}
     kind |= {"decoder": setup.decoder_name, "clip": setup.encoder.name}
@@ -542,16 +541,15 @@ def run_folder(name, setup, args, blind=False):
 @torch.no_grad()
 def caption_loss(captioner, pictures, device, batch=50):
     """(nats per token, nats per caption) over a PictureSet."""
-    sums = torch.zeros(2, dtype=torch.float64)  # nats, tokens
-    mine = np.arange(len(pictures))[rank() :: world_size()]
-    for i in range(0, len(mine), batch):
-        part = mine[i : i + batch]
-        packed = captioner.pack([pictures.captions[i] for i in part])
+    nats = 0.0
+    tokens = 0
+    for i in range(0, len(pictures), batch):
+        part = range(i, min(i + batch, len(pictures)))
+        packed = captioner.pack([pictures.captions[j] for j in part])
         with autocast(device):
             vision = pictures.vision(part).to(device)
-            loss = captioner.loss(vision, packed.to(device), "sum").item()
-        sums += torch.tensor([loss, (packed.targets >= 0).sum().item()])
-    nats, tokens = train_gpt2.all_reduce(sums.to(device)).tolist()
+            nats += captioner.loss(vision, packed.to(device), "sum").item()
+        tokens += (packed.targets >= 0).sum().item()
     return nats / tokens, nats / sum(map(len, pictures.captions))
 
 
@@ -574,23 +572,17 @@ def write_captions(captioner, vision, tokenizer, beams=1, prompt=None, **options
 
 
 def write_all_captions(captioner, pictures, tokenizer, prompts=None, batch=250, beams=1, **options):
-    """A caption for each picture of a PictureSet; several ranks share them.
+    """A caption for each picture of a PictureSet.
 
     prompts: for each picture the token ids with which its caption begins, all of one length.
     """
-    mine = range(rank(), len(pictures), world_size())
-    batch = max(1, batch // beams)
     texts = []
-    for i in range(0, len(mine), batch):
-        part = list(mine[i : i + batch])
+    for i in range(0, len(pictures), batch // beams):
+        part = range(i, min(i + batch // beams, len(pictures)))
         prompt = torch.tensor([prompts[j] for j in part]) if prompts else None
         vision = pictures.vision(part)
         texts += write_captions(captioner, vision, tokenizer, beams, prompt, **options)
-    if world_size() == 1:
-        return texts
-    shares = [None] * world_size()
-    dist.all_gather_object(shares, texts)
-    return [shares[i % world_size()][i // world_size()] for i in range(len(pictures))]
+    return texts
 
 
 def ask_facts(pictures, tokenizer, answer):
@@ -735,58 +727,43 @@ def compare(setup, args):
     for name in BRIDGES:
         out = train(name, setup, args)
         blind = train(name, setup, args, blind=True)
-        rows[name] = evaluate(out, setup, args)
-        log = train_gpt2.read_log(out / "log.csv")
-        blind_log = train_gpt2.read_log(blind / "log.csv")
-        if log[-1]["step"] != blind_log[-1]["step"]:
+        logs = [train_gpt2.read_log(folder / "log.csv") for folder in (out, blind)]
+        if logs[0][-1]["step"] != logs[1][-1]["step"]:
             raise UserError(f"{out} and {blind} have different budgets: use --restart")
-        curves[name] = train_gpt2.curve(log, "val_val")
-        curves[f"{name}, blind"] = train_gpt2.curve(blind_log, "val_val")
-        best, best_blind = (min(y for _, y in curves[k]) for k in (name, f"{name}, blind"))
+        curves[name], curves[f"{name}, blind"] = (train_gpt2.curve(log, "val_val") for log in logs)
+        best, best_blind = (min(row["val_val"] for row in log if "val_val" in row) for log in logs)
+        rows[name] = evaluate(out, setup, args) | {"seconds": logs[0][-1]["seconds"]}
         rows[name]["blind"] = rows[name]["nats a caption"] * best_blind / best
-        rows[name]["seconds"] = log[-1]["seconds"]
     if rank() > 0:
         return
-    upper = {}
-    if "facts" in rows["linear"]:
-        pictures = load_pictures(setup, "val", args).pictures
-        upper = map_facts(setup, [picture for picture in pictures if not held_out(picture)])
     folder = Path(args.out or f"runs/{setup.name}-compare")
     folder.mkdir(parents=True, exist_ok=True)
     curves = dict(sorted(curves.items(), key=lambda item: "blind" in item[0]))
-    train_gpt2.draw_curves(folder / "curves.png", [("validation loss, nats per token", curves)])
-    table = comparison(rows, upper)
+    train_gpt2.draw_curves(folder / "curves.png", {"validation loss, nats per token": curves})
+    table = "\n".join(comparison(rows, setup, load_pictures(setup, "val", args).pictures))
     with fineweb.atomic_write(folder / "table.md", "w") as file:
         file.write(table + "\n")
     print(f"\n{table}\n\n{folder} has table.md and curves.png")
 
 
-def comparison(rows, upper):
-    """The table of --compare in Markdown; rows: {bridge: what evaluate() returned}."""
-    lines = [f"| | {' | '.join(rows)} | map in words |", "|---" * (len(rows) + 2) + "|"]
-
-    def line(label, show, last=""):
-        cells = [show(row) for row in rows.values()]
-        lines.append(f"| {' | '.join([label, *cells, last])} |")
-
-    line("trainable parameters", lambda row: f"{row['parameters']:,}")
-    line("validation loss, nats a caption", lambda row: f"{row['nats a caption']:.2f}")
-    line("... blind", lambda row: f"{row['blind']:.2f}")
-    line("... shuffled", lambda row: f"{row['shuffled']:.2f}")
-    line("CIDEr-D", lambda row: f"{row['CIDEr']:.3f}")
-    line(coco_eval.METEOR_NAME, lambda row: f"{row['METEOR']:.3f}")
-    for fact, share in upper.items():
-
-        def show(row, fact=fact):
-            kinds = ("facts", "facts, shuffled", "facts, unseen pairs")
-            right, shuffled, unseen = (f"{row[kind][fact]:.2f}" for kind in kinds)
-            return f"{right} ({shuffled}; {unseen})"
-
-        line(f"{fact} right (shuffled; unseen pairs)", show, f"{share:.2f}")
-    if upper:
-        line("free captions, all true", lambda row: f"{row['captions true']:.2f}")
-    line("training, s", lambda row: f"{row['seconds']:.0f}")
-    return "\n".join(lines)
+def comparison(rows, setup, pictures):
+    """The lines of --compare's table in Markdown; rows: {bridge: what evaluate() returned}."""
+    yield f"| | {' | '.join(rows)} | map in words |"
+    yield "|---" * (len(rows) + 2) + "|"
+    numbers = {"parameters": ",", "nats a caption": ".2f", "blind": ".2f", "shuffled": ".2f"}
+    numbers |= {"CIDEr": ".3f", "METEOR": ".3f", "captions true": ".2f", "seconds": ".0f"}
+    for key, form in numbers.items():
+        if key in rows["linear"]:
+            yield f"| {key} | {' | '.join(format(row[key], form) for row in rows.values())} | |"
+    if "facts" in rows["linear"]:
+        upper = map_facts(setup, [picture for picture in pictures if not held_out(picture)])
+        for fact, share in upper.items():
+            cells = []
+            for row in rows.values():
+                kinds = ("facts", "facts, shuffled", "facts, unseen pairs")
+                right, shuffled, unseen = (f"{row[kind][fact]:.2f}" for kind in kinds)
+                cells.append(f"{right} ({shuffled}; {unseen})")
+            yield f"| {fact} (shuffled; unseen pairs) | {' | '.join(cells)} | {share:.2f} |"
 
 
 # -----------------------------------------------------------------------------
@@ -819,56 +796,39 @@ def sample(args):
     if len(paths) == 1:
         coco_eval.load_image(paths[0])  # fails here, before anything is trained
     setup = open_setup(args)
-    path = args.ckpt
-    if path is None:
-        out = run_folder(args.bridge, setup, args)
-        path = out / "best.pt"
-        if args.restart or not (out / "scores.json").exists():
-            print(f"missing    the bridge: training {args.bridge}", flush=True)
-            evaluate(train(args.bridge, setup, args), setup, args)
-    captioner = load_captioner(path, setup, args)
-    print(f"bridge     {path}")
-    options = {}
+    out = run_folder(args.bridge, setup, args)
+    if not args.ckpt and (args.restart or not (out / "scores.json").exists()):
+        print(f"missing    the bridge: training {args.bridge}", flush=True)
+        evaluate(train(args.bridge, setup, args), setup, args)
+    captioner = load_captioner(args.ckpt or out / "best.pt", setup, args)
+    options = beam_options(args) if args.beam else {}
     if args.num or args.temperature is not None or args.top_p:
+        temperature = 0.8 if args.temperature is None else args.temperature
         generator = torch.Generator(pick_device()).manual_seed(args.seed)
-        options = {"temperature": 0.8 if args.temperature is None else args.temperature}
-        options |= {"top_p": args.top_p or 0.9, "generator": generator}
-    elif args.beam:
-        options = beam_options(args)
-    drawn = []
-    read = 0
+        options = {"temperature": temperature, "top_p": args.top_p or 0.9, "generator": generator}
+    drawn = []  # (small picture, caption)
     for begin in range(0, len(paths), CHUNK):
-        for path, image, texts in caption_chunk(
-                captioner, setup, paths[begin : begin + CHUNK], args, options):
-            read += 1
-            for text in texts:
-                print(f"{path}: {text}", flush=True)
-            if args.grid:
-                image.thumbnail((256, 256))
-                drawn.append((image, texts[0]))
-    if not read:
+        images = {}
+        for path in paths[begin : begin + CHUNK]:
+            try:
+                images[path] = coco_eval.load_image(path)
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)
+        if not images:
+            continue
+        vision = pool_tokens(setup.encoder(setup.encoder.prepare(images.values())), grid_of(args))
+        caption = functools.partial(write_captions, captioner, vision, setup.tokenizer, **options)
+        draws = [caption() for _ in range(args.num or 1)]
+        for i, (path, image) in enumerate(images.items()):
+            for texts in draws:
+                print(f"{path}: {texts[i]}", flush=True)
+            image.thumbnail((256, 256))
+            drawn.append((image if args.grid else None, draws[0][i]))
+    if not drawn:
         raise UserError("none of these pictures can be read: name others")
     if args.grid:
         draw_grid(args.grid, *zip(*drawn, strict=True))
         print(f"{args.grid} has the pictures with their captions")
-
-
-def caption_chunk(captioner, setup, paths, args, options):
-    """[(path, picture, [caption, ...]), ...] of those that can be read; the others are named."""
-    found = []
-    for path in paths:
-        try:
-            found.append((path, coco_eval.load_image(path)))
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-    if not found:
-        return []
-    images = setup.encoder.prepare([image for _, image in found])
-    vision = pool_tokens(setup.encoder(images), grid_of(args))
-    tokenizer = setup.tokenizer
-    draws = [write_captions(captioner, vision, tokenizer, **options) for _ in range(args.num or 1)]
-    captions = zip(*draws, strict=True)
-    return [(*pair, texts) for pair, texts in zip(found, captions, strict=True)]
 
 
 def load_captioner(path, setup, args):
@@ -889,8 +849,7 @@ def load_captioner(path, setup, args):
 # -----------------------------------------------------------------------------
 # Appendix A: vision tokens on disk. CLIP never changes, so each picture goes through it once
 
-CHUNK = 64  # pictures at once
-SAVE_EVERY = 10  # seconds
+CHUNK = 64  # pictures that go through CLIP at a time, and into one file
 
 
 def grid_of(args):
@@ -901,92 +860,51 @@ def grid_of(args):
 def load_pictures(setup, split, args):
     """The PictureSet of a split, without the pictures that cannot be read."""
     pictures = coco_eval.read_dataset(setup.data, split)
-    name = f"{setup.name}-{setup.encoder.name}-{args.grid_size}".replace("/", "-").replace(" ", "-")
     with rank_zero_first():
-        features, broken = cached_features(
-            setup.encoder, pictures, Path("data/features") / name, split, grid_of(args))
-    rows = [i for i, picture in enumerate(pictures) if str(picture["id"]) not in broken]
-    if not rows:
+        features = cached_features(setup.encoder, pictures, grid_of(args), setup.name)
+    rows = np.flatnonzero(np.concatenate([~np.isnan(chunk[:, 0, 0]) for chunk in features]))
+    if not len(rows):
         raise UserError(f"no picture of {setup.data} ({split}) can be read: check the folder")
     pictures = [pictures[i] for i in rows]
     encode = setup.tokenizer.encode_ordinary
     captions = []
     for picture in pictures:
         captions.append([encode(clean_caption(text))[:LONGEST] for text in picture["captions"]])
-    return PictureSet(pictures, captions, features, np.array(rows))
+    return PictureSet(pictures, captions, features, rows)
 
 
-def cached_features(encoder, pictures, folder, split, grid):
-    """Vision tokens of pictures [{"id", "path"}, ...]: ((N, S, D) float16 on disk, broken ids).
+def cached_features(encoder, pictures, grid, name):
+    """Vision tokens of pictures [{"id", "path"}, ...]: memory maps (CHUNK, S, D), float16.
 
-    What is on disk is used, if it is of these very files (path, size, time of change), this CLIP
-    and this grid; what is missing is computed and goes on where it was interrupted.
+    The folder's name has a digest of CLIP, grid and the very files (path, size, time of change); a
+    chunk that is there is done. A picture that cannot be read is NaN.
     """
-    data = Path(folder) / f"{split}.bin"
-    header = Path(folder) / f"{split}.json"
-    blank = encoder.prepare([Image.new("RGB", (8, 8))])
-    S, D = pool_tokens(encoder(blank), grid).shape[1:]
-    shape = (len(pictures), S, D)
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"{encoder.name} {grid}".encode())
     for picture in pictures:
         path = Path(picture["path"]).absolute()
         change = (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else None
         digest.update(f"{picture['id']} {path} {change}\n".encode("utf-8", "surrogateescape"))
-    key = {"clip": encoder.name, "shape": list(shape), "pictures": digest.hexdigest()}
-    state = {"key": key, "done": 0, "broken": []}
-    if header.exists() and data.exists() and data.stat().st_size == 2 * math.prod(shape):
-        with contextlib.suppress(UserError):  # a damaged header: everything is computed anew
-            found = fineweb.read_json(header)
-            if isinstance(found, dict) and found.get("key") == key:
-                state = found
-    if state["done"] < len(pictures):
-        if not state["done"]:
-            fineweb.require_space(folder, 2 * math.prod(shape))
-            data.parent.mkdir(parents=True, exist_ok=True)
-            with open(data, "wb") as file:
-                file.truncate(2 * math.prod(shape))
-        with fineweb.lock(data.parent):
-            compute_features(encoder, pictures, np.memmap(data, np.float16, "r+", shape=shape),
-                             grid, state, header)
-    return np.memmap(data, np.float16, "r", shape=shape), set(state["broken"])
+    folder = Path("data/features") / f"{name}-{digest.hexdigest()[:16]}"
+    paths = [folder / f"{begin:07d}.npy" for begin in range(0, len(pictures), CHUNK)]
+    missing = [i for i, path in enumerate(paths) if not path.exists()]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # they decode pictures
+        for i in tqdm(missing, desc=f"vision tokens, {CHUNK} pictures a step", disable=None):
+            chunk = pictures[i * CHUNK : (i + 1) * CHUNK]
+            images = torch.stack(list(threads.map(functools.partial(prepared, encoder), chunk)))
+            features = pool_tokens(encoder(images), grid).cpu().numpy().astype(np.float16)
+            features[images[:, 0, 0, 0].isnan().numpy()] = np.nan
+            with fineweb.atomic_write(paths[i]) as file:
+                np.save(file, features)
+    return [np.load(path, mmap_mode="r") for path in paths]
 
 
-def compute_features(encoder, pictures, features, grid, state, header):
-    """Fill `features` from picture state["done"] on; `header` says how far it has come."""
-    saved = time.time()
-    bar = tqdm(desc="vision tokens", initial=state["done"], total=len(pictures), disable=None)
-    with ThreadPoolExecutor(os.cpu_count()) as threads, bar:
-
-        def load(begin):  # decode in threads while CLIP works on the chunk before
-            chunk = pictures[begin : begin + CHUNK]
-            return [threads.submit(readable, picture, encoder) for picture in chunk]
-
-        ahead = load(state["done"])
-        for begin in range(state["done"], len(pictures), CHUNK):
-            loaded = [future.result() for future in ahead]
-            ahead = load(begin + CHUNK)
-            good = [i for i, image in enumerate(loaded) if image is not None]
-            if good:
-                images = torch.stack([loaded[i] for i in good])
-                features[[begin + i for i in good]] = pool_tokens(encoder(images), grid).cpu()
-            broken = [pictures[begin + i]["id"] for i, image in enumerate(loaded) if image is None]
-            state["broken"] += map(str, broken)
-            state["done"] = begin + len(loaded)
-            bar.update(len(loaded))
-            if time.time() - saved > SAVE_EVERY or state["done"] == len(pictures):
-                features.flush()
-                with fineweb.atomic_write(header, "w") as file:
-                    json.dump(state, file)
-                saved = time.time()
-
-
-def readable(picture, encoder):
-    """A prepared picture (3, H, W); None, and a line that says why, if it cannot be read."""
+def prepared(encoder, picture):
+    """A picture as CLIP wants it, (3, H, W); NaN, and a line that says why, if it is broken."""
     try:
         return encoder.preprocess(coco_eval.load_image(picture["path"]))
     except UserError as error:
         tqdm.write(f"left out: {error}")
-        return None
+        return torch.full_like(encoder.preprocess(Image.new("RGB", (8, 8))), math.nan)
 
 
 # -----------------------------------------------------------------------------
@@ -1067,6 +985,8 @@ def fingerprint(module):
 
 def load_clip(which):
     """The ImageEncoder of our own checkpoint, or of open_clip: NAME/TAG or NAME/FILE."""
+    import open_clip  # here, because it takes five seconds
+
     if Path(which).suffix == ".pt" and Path(which).exists():
         checkpoint = train_gpt2.read_checkpoint(which, holds="clip")
         model = open_clip.CLIP(**checkpoint["clip"])
@@ -1099,6 +1019,8 @@ def train_clip(data, path, seed=0):
     Contrastive loss (Radford et al. 2021, figure 3): in a batch each picture must find its own
     caption among all captions, and each caption its picture.
     """
+    import open_clip
+
     torch.manual_seed(seed)
     device = pick_device()
     pictures = coco_eval.read_dataset(data, "train")

@@ -239,7 +239,8 @@ class CIDEr:
         total = 0.0
         for reference in references:
             cosines = 0.0
-            for (w_c, norm_c), (w_r, norm_r) in zip(of_candidate, self.weigh(reference), strict=True):
+            pairs = zip(of_candidate, self.weigh(reference), strict=True)
+            for (w_c, norm_c), (w_r, norm_r) in pairs:
                 common = sum(min(w, w_r[g]) * w_r[g] for g, w in w_c.items() if g in w_r)
                 cosines += common / (norm_c * norm_r) if norm_c and norm_r else 0.0
             d = max(0, len(candidate) - 1) - max(0, len(reference) - 1)
@@ -633,7 +634,8 @@ def unpack(archive, folder, name):
 
 
 # -----------------------------------------------------------------------------
-# The toy pictures: fineweb.py makes scenes of colored shapes and describes them; here they are drawn
+# The toy pictures: fineweb.py makes scenes of colored shapes and describes them; here they are
+# drawn
 
 TOY_GENERATOR = "coco_eval.py --make-shapes"
 TRAIN_IMAGES = 6_000

@@ -32,10 +32,11 @@ import sys
 import time
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import requests
 import tiktoken
+from huggingface_hub import hf_hub_download
+from huggingface_hub.utils import logging as hub_logging
 from tqdm import tqdm
 
 # -----------------------------------------------------------------------------
@@ -123,7 +124,7 @@ def read_shard(path):
 
 
 def write_tokens_info(folder, tokenizer, source):
-    """tokens.json: the tokenizer of a folder's shards, "gpt2" or "tiny", and where they are from."""
+    """tokens.json names the tokenizer of a folder's shards, "gpt2" or "tiny", and their source."""
     with atomic_write(Path(folder) / "tokens.json", "w") as file:
         json.dump({"tokenizer": tokenizer, "source": source}, file)
 
@@ -181,7 +182,7 @@ def read_documents(paths):
         try:
             for number, text in enumerate(readers[path.suffix.lower()](path), 1):
                 if not isinstance(text, str):
-                    raise UserError(f'{path}: document {number} has no "text": correct or remove it')
+                    raise UserError(f'{path}: document {number} has no "text": correct it')
                 if text:
                     yield text
         except UnicodeDecodeError as error:
@@ -270,27 +271,17 @@ def text_to_shards(paths, folder, val_fraction=0.01, shard_tokens=SHARD_TOKENS):
 
 
 def encode_all(documents):
-    """Yield (tokens, is_val) of (text, is_val), in order; some 16 M characters are in memory."""
+    """Yield (tokens, is_val) of (text, is_val), in order, a thousand documents at a time."""
     ignore_ctrl_c = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
     bar = tqdm(unit=" tokens", unit_scale=True, disable=None)
     with multiprocessing.Pool(**ignore_ctrl_c) as pool, bar:
-        while batch := take_characters(documents, 16_000_000):
+        while batch := list(itertools.islice(documents, 1000)):
             texts = [text for text, _ in batch]
             encoded = pool.imap(encode_for_gpt2, texts, chunksize=math.ceil(len(texts) / 64))
-            for tokens, (_, is_val) in zip(encoded, batch, strict=True):
+            for tokens, (text, is_val) in zip(encoded, batch, strict=True):
                 bar.update(len(tokens))
-                yield tokens, is_val
-
-
-def take_characters(documents, limit):
-    """The next documents that are not empty, until they have `limit` characters together."""
-    batch = []
-    size = 0
-    while size < limit and (document := next(documents, None)):
-        if document[0]:
-            batch.append(document)
-            size += len(document[0])
-    return batch
+                if text:
+                    yield tokens, is_val
 
 
 def encode_for_gpt2(text):
@@ -635,9 +626,9 @@ def require_space(folder, size):
 
 def hub_download(repo, name, **options):
     """The path of a file of the Hugging Face hub, cached in HF_HOME, or in local_dir if given."""
-    huggingface_hub.utils.logging.set_verbosity_error()  # it would report each failed try
+    hub_logging.set_verbosity_error()  # it would report each failed try
     try:
-        return Path(huggingface_hub.hf_hub_download(repo, name, **options))
+        return Path(hf_hub_download(repo, name, **options))
     except OSError as error:  # no network, no such file, a full disk
         reason = f"{repo}/{name} cannot be downloaded ({type(error).__name__})"
         raise UserError(f"{reason}: check the network, or set HF_ENDPOINT to a mirror") from None

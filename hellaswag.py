@@ -50,7 +50,7 @@ def load_examples(path=None):
         path = fineweb.download(URL, FILE, digest=SHA256)
     published = fineweb.file_digest(path, SHA256) == SHA256
     if path == FILE and not published:
-        raise UserError(f"{path} is not the published file: remove it, or name it: --hellaswag {path}")
+        raise UserError(f"{path} is not the published file: remove it, or use --hellaswag {path}")
     lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
     examples = []
     for number, line in enumerate(lines, 1):
@@ -110,7 +110,8 @@ def render(example, tokenizer, harness=False):
     blanks = context[len(stripped) :]  # the harness moves them to the endings
     tokens = [encode(f"{blanks} {ending}") for ending in endings]
     lengths = [max(len(ending), 1) for ending in (endings if harness else tokens)]
-    return Item(encode(stripped), tokens, lengths, example["label"])
+    context = encode(stripped) or [tokenizer.eot_token]  # something has to stand before an ending
+    return Item(context, tokens, lengths, example["label"])
 
 
 def clean(text):

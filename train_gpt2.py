@@ -11,14 +11,12 @@ The same command continues an interrupted run. A run lives in runs/<preset>/: ck
 curves.png, samples.txt.
 
 Chapters: 1 the model, 2 generation, 3 data, 4 the recipe, 5 training; then 6 evaluation, 7 using a
-model. Appendix A: devices and processes, appendix B: the folder of a run. Chapters 1 to 5 are what
-an evening is for; the rest may be looked up.
+model. Appendices: A devices and processes, B the optimizer Muon, C the folder of a run. Chapters
+1 to 5 are what an evening is for.
 
 Letters beside the code: B batch, T time (tokens), C width, nh heads, hs head size, V vocabulary,
-P prefix, N targets of a row. GPT-2: Radford et al. 2019, "Language Models are Unsupervised
-Multitask Learners"; its training: Brown et al. 2020 (GPT-3), appendix B.
+P prefix, N targets of a row. GPT-2: Radford et al. 2019; its training: Brown et al. 2020 (GPT-3).
 """
-import codecs
 import contextlib
 import csv
 import dataclasses
@@ -29,7 +27,6 @@ import json
 import math
 import os
 import pickle
-import random
 import re
 import shlex
 import signal
@@ -50,6 +47,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 import fineweb
 import hellaswag
@@ -308,7 +306,8 @@ class KVCache:
         return k, v
 
 
-def generate(model, idx, max_new_tokens, **options):
+@torch.no_grad()
+def generate(model, idx, max_new_tokens, prefix=None, stop=None, **sampling):
     """Continue token ids (B, T) by up to max_new_tokens: (B, T + new). The plain form:
 
         for _ in range(max_new_tokens):
@@ -316,18 +315,10 @@ def generate(model, idx, max_new_tokens, **options):
             token = sample_token(logits[:, -1], temperature)
             idx = torch.cat([idx, token[:, None]], dim=1)
 
-    stream() does it with a KV cache (test_cached_equals_uncached_beyond_the_context).
-    temperature, top_k, top_p, generator: see sample_token(). prefix: vectors (B, P, C) before the
-    ids, which then begin at position P; idx may be (B, 0) after one. stop: a token that ends its
-    row, which is then filled up with it.
+    Here a KV cache keeps what was computed (test_cached_equals_uncached_beyond_the_context).
+    prefix: vectors (B, P, C) before the ids, which then begin at position P; idx may be (B, 0).
+    stop: a token that ends its row, which is then filled up with it. sampling: see sample_token().
     """
-    new = [token[:, None] for token in stream(model, idx, max_new_tokens, **options)]
-    return torch.cat([idx, *new], dim=1)
-
-
-@torch.no_grad()
-def stream(model, idx, max_new_tokens, prefix=None, stop=None, **sampling):
-    """Yield one new token for each row, (B,), at a time. Arguments as for generate()."""
     P = 0 if prefix is None else prefix.size(1)
     room = model.config.block_size - P
     running = torch.ones(len(idx), dtype=torch.bool, device=idx.device)
@@ -346,22 +337,23 @@ def stream(model, idx, max_new_tokens, prefix=None, stop=None, **sampling):
         else:  # decode: only the newest token
             x = model.embed(context[:, -1:], positions[-1:])  # (B, 1, C)
         h = model.decode(x, cache=cache)
-        token = sample_token(model.logits(h[:, -1]).float(), **sampling)
+        token = sample_token(model.logits(h[:, -1]).float(), **sampling)  # (B,)
         if stop is not None:
             token = torch.where(running, token, stop)
             running &= token != stop
-        yield token
-        if stop is not None and not running.any():
-            return
+        idx = torch.cat([idx, token[:, None]], dim=1)
         context = torch.cat([context, token[:, None]], dim=1)
+        if stop is not None and not running.any():
+            break
+    return idx
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw one token for each row of logits (B, V): (B,).
 
     temperature divides the logits; at 0 the most probable token is taken (greedy). top_k: only the
-    k most probable (Fan et al. 2018). top_p: only the fewest whose probabilities reach p together (nucleus
-    sampling, Holtzman et al. 2020).
+    k most probable (Fan et al. 2018). top_p: only the fewest whose probabilities reach p together
+    (nucleus sampling, Holtzman et al. 2020).
     """
     if temperature < 1e-3:
         return logits.argmax(dim=-1)
@@ -477,30 +469,24 @@ def get_micro_batches(dataset, recipe, seed, config, step):
     shape = (world_size(), -1, recipe.micro_batch)
     shares = (targets / targets.sum()).reshape(shape)[rank()].sum(axis=1)
     parts = windows.reshape(shape)[rank()]  # each rank takes its slice
-    batches = [dataset.get_batch(part, T, config.n_vocab) for part in parts]
+    batches = [pin(*dataset.get_batch(part, T, config.n_vocab)) for part in parts]
     return [(x, y, share) for (x, y), share in zip(batches, shares, strict=True)]
 
 
-def prefetch(get, first, last, device):
-    """Yield (step, get(step)) for steps first ... last - 1.
-
-    A thread prepares the next step's micro-batches while this one trains, in pinned memory, from
-    which the copy to the GPU does not stop the CPU.
-    """
-
-    def prepare(step):
-        if device.type != "cuda":
-            return get(step)
-        torch.cuda.set_device(device)  # each thread has a current device of its own
-        return [(x.pin_memory(), y.pin_memory(), share) for x, y, share in get(step)]
-
-    with ThreadPoolExecutor(1) as thread:
-        ahead = thread.submit(prepare, first)
+def prefetch(get, first, last):
+    """Yield (step, get(step)) for steps first ... last - 1; a thread prepares the next one."""
+    with ThreadPoolExecutor(1, initializer=use_device) as thread:
+        ahead = thread.submit(get, first)
         for step in range(first, last):
             batches = ahead.result()
             if step + 1 < last:
-                ahead = thread.submit(prepare, step + 1)
+                ahead = thread.submit(get, step + 1)
             yield step, batches
+
+
+def pin(*tensors):
+    """Tensors in pinned memory, from which a copy to the GPU does not stop the CPU."""
+    return [t.pin_memory() for t in tensors] if torch.cuda.is_available() else tensors
 
 
 # -----------------------------------------------------------------------------
@@ -517,6 +503,7 @@ class Recipe:
     lr: float  # the highest learning rate
     warmup_steps: int
     min_lr: float = 0.1  # the lowest learning rate, as a share of the highest
+    muon_lr: float = 0.0  # that of the hidden matrices under Muon; 0: all is AdamW's
     weight_decay: float = 0.1
     grad_clip: float = 1.0
     eval_every: int = 250
@@ -547,12 +534,9 @@ RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up
 
 def with_flags(recipe, args):
     """The recipe with what the command line gives of it (None: not given)."""
-    given = {}
-    for field in dataclasses.fields(recipe):
-        value = getattr(args, field.name, None)
-        if value is not None:
-            given[field.name] = value
-    return dataclasses.replace(recipe, **given)
+    names = [field.name for field in dataclasses.fields(recipe)]
+    given = {name: getattr(args, name, None) for name in names}
+    return dataclasses.replace(recipe, **{k: v for k, v in given.items() if v is not None})
 
 
 def get_lr(step, recipe):
@@ -567,19 +551,20 @@ def get_lr(step, recipe):
 
 
 def configure_optimizer(model, recipe, lr_scale=None):
-    """AdamW (Loshchilov & Hutter 2019); only matrices decay, not biases and LayerNorms.
+    """AdamW (Loshchilov & Hutter 2019), or Muon with it; biases and LayerNorms do not decay.
 
     lr_scale: {name of a parameter: factor of its learning rate}.
     """
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
+            muon = recipe.muon_lr > 0 and name.startswith("h.") and p.dim() == 2
             decay = recipe.weight_decay if p.dim() >= 2 else 0.0
-            scale = (lr_scale or {}).get(name, 1.0)
-            group = {"params": [], "weight_decay": decay, "lr_scale": scale}
-            groups.setdefault((decay, scale), group)["params"].append(p)
-    groups = list(groups.values())
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+            scale = recipe.muon_lr / recipe.lr if muon else (lr_scale or {}).get(name, 1.0)
+            group = {"params": [], "weight_decay": decay, "lr_scale": scale, "muon": muon}
+            groups.setdefault((decay, scale, muon), group)["params"].append(p)
+    options = {"lr": recipe.lr, "betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
+    return Muon(list(groups.values()), **options)
 
 
 def set_lr(optimizer, lr):
@@ -636,7 +621,7 @@ def train(args):
     parallel = parallelize(model, device)  # DDP and torch.compile, where they apply
     get_batches = functools.partial(get_micro_batches, train_set, recipe, args.seed, config)
     with run:
-        for step, micro_batches in prefetch(get_batches, run.step, recipe.max_steps, device):
+        for step, micro_batches in prefetch(get_batches, run.step, recipe.max_steps):
             lr = get_lr(step, recipe)
             set_lr(optimizer, lr)
             loss, norm = train_step(parallel, optimizer, micro_batches, recipe.grad_clip, device)
@@ -654,7 +639,7 @@ def train(args):
                 run.save(model, optimizer)
             if stop:
                 run.exit()
-    finish(run, model, tokenizer, args)
+    finish(run, model, tokenizer)
 
 
 # -----------------------------------------------------------------------------
@@ -662,41 +647,33 @@ def train(args):
 
 
 @torch.no_grad()
-def validation_loss(model, config, dataset, tokenizer, recipe, device):
-    """Mean loss over the first eval_tokens of a validation set: (nats a token, bits a byte)."""
-    T = config.block_size
-    count = max(1, min(dataset.num_windows(T), recipe.eval_tokens // T))
-    windows = np.arange(count)[rank() :: world_size()]
-    lengths = token_lengths(tokenizer)
-    sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
-    for i in range(0, len(windows), recipe.micro_batch):
-        x, y = dataset.get_batch(windows[i : i + recipe.micro_batch], T, config.n_vocab)
-        with autocast(device):
-            _, loss = model(x.to(device), y.to(device))
-        targets = y[y >= 0]
-        tokens = len(targets)
-        sums += torch.tensor([loss.item() * tokens, tokens, lengths[targets].sum().item()])
-    nats, tokens, size = all_reduce(sums.to(device)).tolist()
-    return nats / tokens, nats / math.log(2) / max(size, 1)
-
-
 def validate(model, config, val_sets, tokenizer, recipe, device):
-    """Print the losses of all validation sets; returns them as columns of the log."""
+    """Print the mean loss over eval_tokens of each validation set; returns columns of the log.
+
+    The loss is in nats a token, and in bits a byte of text, which other tokenizers can be
+    compared by.
+    """
+    T = config.block_size
+    bytes_of = [len(tokenizer.decode_single_token_bytes(i)) for i in range(tokenizer.n_vocab)]
+    bytes_of[tokenizer.eot_token] = 0
+    bytes_of = torch.tensor(bytes_of)
     row = {}
     for name, dataset in val_sets.items():
-        nats, bits = validation_loss(model, config, dataset, tokenizer, recipe, device)
-        print(f"           {name} {nats:.4f} nats a token, {bits:.3f} bits a byte", flush=True)
-        row[f"val_{name}"] = nats
+        count = max(1, min(dataset.num_windows(T), recipe.eval_tokens // T))
+        windows = np.arange(count)[rank() :: world_size()]
+        sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+        for i in range(0, len(windows), recipe.micro_batch):
+            x, y = dataset.get_batch(windows[i : i + recipe.micro_batch], T, config.n_vocab)
+            with autocast(device):
+                _, loss = model(x.to(device), y.to(device))
+            targets = y[y >= 0]
+            nats = loss.item() * len(targets)
+            sums += torch.tensor([nats, len(targets), bytes_of[targets].sum().item()])
+        nats, tokens, size = all_reduce(sums.to(device)).tolist()
+        row[f"val_{name}"] = nats / tokens
+        bits = nats / math.log(2) / max(size, 1)
+        print(f"           {name} {nats / tokens:.4f} nats a token, {bits:.3f} bits a byte")
     return row
-
-
-@functools.cache
-def token_lengths(tokenizer):
-    """Bytes of text of each token id; <|endoftext|> has none."""
-    pieces = [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab)]
-    lengths = torch.tensor([len(piece) for piece in pieces])
-    lengths[tokenizer.eot_token] = 0
-    return lengths
 
 
 @dataclass
@@ -812,12 +789,15 @@ def evaluate_hellaswag(model, items, device, prefix=""):
 
 
 def load_hellaswag(tokenizer):
-    """HellaSwag's items for an evaluation during training; without a network there are none."""
+    """HellaSwag's items, to be measured during training; without a network there are none."""
+    examples = []
     try:
         with rank_zero_first():
             examples, _ = hellaswag.load_examples()
     except UserError as error:
         print(f"HellaSwag  is not measured: {error}", flush=True)
+    missing = torch.tensor(float(not examples), device=pick_device())
+    if all_reduce(missing).item():  # all ranks measure it or none, or they would wait for ever
         return []
     return [hellaswag.render(example, tokenizer) for example in examples]
 
@@ -866,35 +846,31 @@ def load_model(name):
 
 def from_pretrained(name):
     """(GPT, name of its tokenizer) from weights in OpenAI's layout; UserError for another model."""
+    path = Path(name)
     if str(name) in OPENAI:
+        fineweb.hub_download(f"openai-community/{name}", "config.json")  # it comes beside the next
         path = fineweb.hub_download(f"openai-community/{name}", "model.safetensors")
-        fineweb.hub_download(f"openai-community/{name}", "config.json")  # beside it
-    else:
-        path = Path(name)
     path = path / "model.safetensors" if path.is_dir() else path
     if not path.exists():
         raise UserError(f"{path} is not there: save the model as one safetensors file")
-    config = {}
-    if path.with_name("config.json").exists():
-        config = fineweb.read_json(path.with_name("config.json"))
+    config_file = path.with_name("config.json")
+    config = fineweb.read_json(config_file) if config_file.exists() else {}
     for key, values in COMPUTED.items():
         if config.get(key, values[0]) not in values:
-            raise UserError(f"{path}: {key} is {config[key]!r}: only {values[0]!r} is computed here")
+            raise UserError(f"{path}: {key} is {config[key]!r}, {values[0]!r} is computed here")
     try:
         tensors = {name.removeprefix("transformer."): t for name, t in load_file(path).items()}
         V, C = tensors["wte.weight"].shape
-        head = tensors.get("lm_head.weight", tensors["wte.weight"])
-        n_layer = sum(name.endswith("ln_1.weight") for name in tensors)
-        if not torch.equal(head, tensors["wte.weight"]):
+        table = tensors["wte.weight"]
+        if not torch.equal(tensors.get("lm_head.weight", table), table):
             raise UserError(f"{path} has a head of its own: only a tied one is computed here")
+        n_layer = sum(name.endswith("ln_1.weight") for name in tensors)
         n_head = config.get("n_head", C / 64)  # OpenAI's heads have size 64
-        if n_head != int(n_head) or C % n_head:
-            raise UserError(f"{path}: its config.json is missing or wrong: width {C}, {n_head} heads")
-        n_head = int(n_head)
-        model = GPT(GPTConfig(len(tensors["wpe.weight"]), V, n_layer, n_head, C))
+        if C % n_head or n_head != int(n_head):
+            raise UserError(f"{path}: its config.json is missing or wrong ({n_head} heads)")
+        model = GPT(GPTConfig(len(tensors["wpe.weight"]), V, n_layer, int(n_head), C))
         for name in model.state_dict():
-            if is_conv1d(name):
-                tensors[name] = tensors[name].T
+            tensors[name] = tensors[name].T if is_conv1d(name) else tensors[name]
         model.load_state_dict({name: tensors[name] for name in model.state_dict()})
     except (SafetensorError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
@@ -941,31 +917,21 @@ def freeze(model, device):
     return model
 
 
-@torch.no_grad()
 def sample(args):
-    """Print continuations of a text; the first is printed as it is generated, the others follow."""
+    """Print continuations of a text."""
     model, tokenizer, _ = load_model(args.ckpt or default_checkpoint())
     device = pick_device()
     freeze(model, device)
     text = args.sample.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     prompt = [tokenizer.eot_token, *tokenizer.encode_ordinary(text)]
-    generator = torch.Generator(device).manual_seed(args.seed)
-    texts = [text] * args.num
-    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in texts]  # bytes to text
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    sampling |= {"stop": tokenizer.eot_token, "generator": generator}
+    sampling["generator"] = torch.Generator(device).manual_seed(args.seed)
     idx = torch.tensor([prompt] * args.num, device=device)
-    print(text, end="", flush=True)
     with autocast(device):
-        for tokens in stream(model, idx, args.max_new_tokens, **sampling):
-            for i, token in enumerate(tokens.tolist()):
-                if token != tokenizer.eot_token:
-                    new = decoders[i].decode(tokenizer.decode_single_token_bytes(token))
-                    texts[i] += new
-                    print(new if i == 0 else "", end="", flush=True)
-    print()
-    for other in texts[1:]:
-        print(f"---\n{other}")
+        rows = generate(model, idx, args.max_new_tokens, stop=tokenizer.eot_token, **sampling)
+    for row in rows[:, len(prompt) :].tolist():
+        row = [token for token in row if token != tokenizer.eot_token]
+        print(f"{text}{tokenizer.decode(row, errors='replace')}\n---")
 
 
 def evaluate(args):
@@ -980,12 +946,12 @@ def evaluate(args):
     if preset == "tiny" and not args.data:
         with rank_zero_first():
             fineweb.make_toy_text(data)
+    print(f"{path}, {data}:")
     if data.exists() or args.data:
         _, val_sets, _ = open_data(data, model.config)
-        print(f"{path}, {data}:")
         validate(model, model.config, val_sets, tokenizer, RECIPES[preset], device)
     else:
-        print(f"no validation loss: no shards in {data} (python fineweb.py downloads them)")
+        print("no validation loss: there are no shards (python fineweb.py downloads them)")
     if tokenizer.name != "gpt2":
         print("no HellaSwag: its items are longer than the context of this model")
         return
@@ -1019,34 +985,36 @@ def pick_device():
     """The GPU of this rank, or the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    return torch.device("cpu")
+
+
+def use_device():
+    """Make the GPU of this rank the current one of this thread."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(pick_device())
 
 
 def uses_bf16(device):
     """Whether the hardware has bf16 matrix products: CUDA from sm80, CPUs with AVX512-BF16, AMX."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def autocast(device):
     """Mixed precision: within this context matrix products are in bf16, where that is fast."""
-    kind = "cpu" if device.type == "mps" else device.type
-    return torch.autocast(kind, dtype=torch.bfloat16, enabled=uses_bf16(device))
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bf16(device))
 
 
 def join_processes():
-    """Under torchrun, make this process one of several: NCCL on GPUs, gloo on CPUs."""
-    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in needed if name not in os.environ]
+    """Under torchrun, make this process one of several (ranks): NCCL on GPUs, gloo on CPUs."""
     if "RANK" not in os.environ or dist.is_initialized():
         return
-    if missing:
-        raise UserError(f"RANK is set but not {', '.join(missing)}: unset it, or use torchrun")
-    device = pick_device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    needed = {"WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    if missing := needed - set(os.environ):
+        raise UserError(f"RANK is set, but not {', '.join(missing)}: unset it, or use torchrun")
+    use_device()
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
@@ -1108,25 +1076,82 @@ def mfu(flops_per_second):
     """Model FLOPs utilization as text, where the peak of the card is known."""
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     for name, peak in PEAK_FLOPS.items():
-        if name in card:
+        if name in card and flops_per_second:
             return f" | MFU {flops_per_second / peak / world_size():5.1%}"
     return ""
 
 
 def peak_memory():
-    """The most memory that this process has had, as text: of the GPU, or of the CPU."""
+    """The most memory that this process has had, as text (on a CPU, where Linux tells it)."""
     if torch.cuda.is_available():
         return f" | {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
-    try:
-        import resource
-    except ImportError:  # Windows
-        return ""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f" | {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB"
+    status = Path("/proc/self/status")
+    match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text() if status.exists() else "")
+    return f" | {int(match[1]) / 1e6:.1f} GB" if match else ""
 
 
 # -----------------------------------------------------------------------------
-# Appendix B: the folder of a run
+# Appendix B: the optimizer Muon
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but for groups with "muon": orthogonalized steps (Muon, Jordan et al. 2024).
+
+    A gradient U S V^T of a matrix has few large singular values S: steps along it move the few
+    directions that it is most about, and hardly the others. U V^T, with all singular values 1,
+    moves them all alike, and so learns rare things as fast as frequent ones:
+
+        momentum = 0.95 * momentum + grad
+        update = orthogonalize(grad + 0.95 * momentum)                       # Nesterov's momentum
+        weight -= lr * (update * sqrt(max(1, rows / columns)) + weight_decay * weight)
+    """
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            if group["muon"]:
+                self.muon_step(group)
+        super().step()
+
+    def muon_step(self, group):
+        updates = {}  # matrices of one shape are orthogonalized together
+        for p in group["params"]:
+            state = self.state[p]
+            if not state:
+                state["momentum"] = torch.zeros_like(p)
+                state["step"] = torch.zeros(())  # AdamW looks for it when a run is continued
+            momentum = state["momentum"].mul_(0.95).add_(p.grad)
+            update = p.grad + 0.95 * momentum
+            p.grad = None  # so that AdamW leaves this one alone
+            parts = 3 if p.size(0) == 3 * p.size(1) else 1  # c_attn is three matrices: q, k, v
+            for pair in zip(p.chunk(parts), update.chunk(parts), strict=True):
+                updates.setdefault(pair[0].shape, []).append(pair)
+        for (rows, columns), pairs in updates.items():
+            steps = orthogonalize(torch.stack([update for _, update in pairs]))
+            scale = max(1, rows / columns) ** 0.5
+            for (weight, _), step in zip(pairs, steps, strict=True):
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(step, alpha=-group["lr"] * scale)
+
+
+def orthogonalize(G):
+    """U V^T for each matrix U S V^T of G (n, rows, columns), roughly, by Newton-Schulz steps.
+
+    X <- aX + b(XX^T)X + c(XX^T)^2 X is a polynomial of the singular values, which takes all of
+    (0, 1] near 1 in five steps, with matrix products alone; in bf16 where that is fast.
+    """
+    X = G.bfloat16() if uses_bf16(G.device) else G
+    tall = X.size(1) > X.size(2)
+    X = X.mT if tall else X
+    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        A = X @ X.mT
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    return (X.mT if tall else X).to(G.dtype)
+
+
+# -----------------------------------------------------------------------------
+# Appendix C: the folder of a run
 
 FORMAT = 2  # of checkpoints
 PATIENCE = 10  # steps in a row whose loss is not finite before a run gives up
@@ -1152,29 +1177,22 @@ class Run:
         self.skipped_in_a_row = 0
         self.best = math.inf  # the lowest validation loss, where someone asks for it
         self.signal = None
-        self.checkpoint = None if restart else self.find_checkpoint()
-
-    def find_checkpoint(self):
-        """The checkpoint in the folder, or None; UserError when it is one of another run."""
-        for path in (self.path, self.path.with_suffix(".prev.pt")):
-            if path.exists():
-                checkpoint = read_checkpoint(path)
-                for key, value in self.kind.items():
-                    other = checkpoint["run"].get(key)
-                    if other != value:
-                        reason = f"{path} was made with {key} {other}, not {value}"
-                        raise UserError(f"{reason}: choose another --out, or --restart")
-                return checkpoint
-        return None
+        self.restart = restart
 
     def resume(self, model, optimizer):
-        """Go on where the checkpoint in the folder stopped, if there is one."""
-        if self.checkpoint:
-            model.load_state_dict(self.checkpoint["model"])
-            optimizer.load_state_dict(self.checkpoint["optimizer"])
+        """Go on where the checkpoint in the folder stopped; UserError if it is of another run."""
+        paths = [self.path, self.path.with_suffix(".prev.pt")]
+        paths = [path for path in paths if path.exists() and not self.restart]
+        if paths:
+            checkpoint = read_checkpoint(paths[0])
+            for key, value in self.kind.items():
+                if checkpoint["run"].get(key) != value:
+                    reason = f"{paths[0]} was made with {key} {checkpoint['run'].get(key)}"
+                    raise UserError(f"{reason}, not {value}: choose another --out, or --restart")
+            model.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
             for name in ("step", "seconds", "skipped", "best"):
-                setattr(self, name, self.checkpoint[name])
-            self.checkpoint = None  # it is as large as weights and optimizer
+                setattr(self, name, checkpoint[name])
         steps = torch.tensor(float(self.step), device=pick_device())
         if all_reduce(steps).item() != self.step * world_size():
             raise UserError("the ranks found different checkpoints: --out must be shared by all")
@@ -1189,9 +1207,9 @@ class Run:
             rows = [row for row in read_log(self.out / "log.csv") if row["step"] <= self.step]
             self.write_log(rows if self.step else [])
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):
-                number = getattr(signal, name)
-                self.stack.callback(signal.signal, number, signal.signal(number, self.on_signal))
+            if hasattr(signal, name):  # Windows has no SIGHUP
+                sign = getattr(signal, name)
+                self.stack.callback(signal.signal, sign, signal.signal(sign, self.on_signal))
         self.timed_from = (self.step, time.time())
         return self
 
@@ -1234,20 +1252,19 @@ class Run:
         rate = (self.step - step) * per_step / (now - began)
         self.seconds += now - began
         self.timed_from = (self.step, now)
-        left = (self.recipe.max_steps - self.step) * per_step / rate
+        left = tqdm.format_interval((self.recipe.max_steps - self.step) * per_step / rate)
         skipped = f" | skipped {self.skipped}" if self.skipped else ""
-        print(
-            f"step {self.step:>6,} of {self.recipe.max_steps:,} | loss {loss:7.4f} | lr {lr:.2e} | "
-            f"norm {norm:5.2f} | {rate:9,.0f} {self.unit}/s{mfu(rate * flops) if flops else ''}"
-            f"{peak_memory()}{skipped} | {clock(left)} left", flush=True)
+        begin = f"step {self.step:>6,} of {self.recipe.max_steps:,} | loss {loss:7.4f}"
+        speed = f"{rate:9,.0f} {self.unit}/s{mfu(rate * flops)}{peak_memory()}"
+        rates = f"lr {lr:.2e} | norm {norm:5.2f}"
+        print(f"{begin} | {rates} | {speed}{skipped} | {left} left", flush=True)
         row = {"loss": loss, "lr": lr, "norm": norm, "skipped": self.skipped}
         return row | {f"{self.unit}_per_second": rate, "seconds": self.seconds}
 
     def log(self, row):
-        """Append a row to log.csv; a new column begins the file anew."""
+        """Add a row to log.csv."""
         if row and rank() == 0:
-            rows = read_log(self.out / "log.csv")
-            self.write_log([*rows, {"step": self.step} | row])
+            self.write_log([*read_log(self.out / "log.csv"), {"step": self.step} | row])
 
     def write_log(self, rows):
         columns = dict.fromkeys(key for row in rows for key in row)
@@ -1326,14 +1343,11 @@ def draw_run(out):
     rows = read_log(Path(out) / "log.csv")
     lines = {"training": curve(rows, "loss")}
     for name in dict.fromkeys(key for row in rows for key in row if key.startswith("val_")):
-        label = name.removeprefix("val_")
-        lines["validation" if label == "val" else label] = curve(rows, name)
-    panels = [("loss, nats per token", lines)]
-    if any("hellaswag" in row for row in rows):
-        accuracy = curve(rows, "hellaswag")
+        lines[name.replace("val_val", "validation").removeprefix("val_")] = curve(rows, name)
+    panels = {"loss, nats per token": lines}
+    if accuracy := curve(rows, "hellaswag"):
         openai = [(step, 0.2955) for step, _ in accuracy]
-        lines = {"this run": accuracy, "OpenAI's 124M": openai}
-        panels.append(("HellaSwag, acc_norm by token mean", lines))
+        panels["HellaSwag, acc_norm by token mean"] = {"this run": accuracy, "OpenAI": openai}
     draw_curves(Path(out) / "curves.png", panels)
 
 
@@ -1343,45 +1357,35 @@ def curve(rows, key):
 
 
 def draw_curves(path, panels):
-    """Line charts side by side; panels: [(title, {label of a line: [(step, y), ...]}), ...]."""
-    image = Image.new("RGB", (PANEL[0] * len(panels), PANEL[1]), "white")
-    for p, (title, lines) in enumerate(panels):
-        draw_panel(ImageDraw.Draw(image), p * PANEL[0], title, lines)
+    """Line charts side by side; panels: {title: {label of a line: [(step, y), ...]}}."""
+    width, height = 1800, 960  # of a panel; halved at the end, for smooth lines
+    image = Image.new("RGB", (width * len(panels), height), "white")
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(30)
+    colors = ("#94a3b8", "#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed")
+    for left, (title, lines) in zip(range(140, 10**6, width), panels.items(), strict=False):
+        points = np.array([point for line in lines.values() for point in line]).reshape(-1, 2)
+        ticks = [nice_ticks(points[:, 0]), nice_ticks(points[:, 1])]
+        low = np.array([ticks[0][0], ticks[1][0]])
+        span = np.array([ticks[0][-1], ticks[1][-1]]) - low
+        corner = np.array([left, height - 120])  # the pixel of `low`
+        scale = np.array([width - 200, 220 - height]) / span
+        for axis in (0, 1):
+            for tick in ticks[axis]:
+                begin = corner + (np.eye(2)[axis] * (tick - low)) * scale
+                end = begin + np.eye(2)[1 - axis] * span * scale
+                draw.line([*begin, *end], "#e5e7eb", 2)
+                shift, anchor = ((0, 16), "mt") if axis == 0 else ((-16, 0), "rm")
+                draw.text(tuple(begin + shift), f"{tick:,.6g}", "#374151", font, anchor)
+        draw.text((left + width / 2, 28), f"{title}, by step", "#111827", font, "mt")
+        for i, (label, line) in enumerate(lines.items()):
+            pixels = corner + (np.array(line).reshape(-1, 2) - low) * scale
+            draw.line(pixels.ravel().tolist(), colors[i], 5, "curve")
+            x, y = left + width - 580, 130 + 48 * i  # the legend stands in the upper right corner
+            draw.line([(x, y), (x + 60, y)], colors[i], 8)
+            draw.text((x + 80, y), label, "#111827", font, "lm")
     with fineweb.atomic_write(path) as file:
         image.reduce(2).save(file, "PNG")
-
-
-PANEL = (1800, 960)  # pixels of a chart; halved at the end, for smooth lines
-LINE_COLORS = ("#94a3b8", "#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed")
-
-
-def draw_panel(draw, x0, title, lines):
-    """One chart of draw_curves(), from column x0 on."""
-    font = ImageFont.load_default(30)
-    left, right = x0 + 140, x0 + PANEL[0] - 60
-    top, bottom = 100, PANEL[1] - 120
-    points = [point for line in lines.values() for point in line]
-    x_ticks = nice_ticks([x for x, _ in points])
-    y_ticks = nice_ticks([y for _, y in points])
-
-    def at(x, y):
-        across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
-        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        return left + across * (right - left), bottom - up * (bottom - top)
-
-    for x in x_ticks:
-        draw.line([at(x, y_ticks[0]), at(x, y_ticks[-1])], "#e5e7eb", 2)
-        draw.text((at(x, 0)[0], bottom + 16), f"{x:,.10g}", "#374151", font, anchor="mt")
-    for y in y_ticks:
-        draw.line([at(x_ticks[0], y), at(x_ticks[-1], y)], "#e5e7eb", 2)
-        draw.text((left - 16, at(0, y)[1]), f"{y:.6g}", "#374151", font, anchor="rm")
-    draw.text(((left + right) / 2, 28), title, "#111827", font, anchor="mt")
-    draw.text(((left + right) / 2, PANEL[1] - 24), "step", "#374151", font, anchor="mb")
-    for i, (label, line) in enumerate(lines.items()):
-        draw.line([at(x, y) for x, y in line], LINE_COLORS[i], 5, joint="curve")
-        y = top + 30 + 48 * i  # the legend stands in the upper right corner
-        draw.line([(right - 380, y), (right - 320, y)], LINE_COLORS[i], 8)
-        draw.text((right - 300, y), label, "#111827", font, anchor="lm")
 
 
 def nice_ticks(values):
@@ -1389,19 +1393,11 @@ def nice_ticks(values):
     low = min(values, default=0)
     high = max(values, default=1)
     span = (high - low) or 1
-    step = 10 ** math.floor(math.log10(span / 6))
-    while span / step > 6:
-        step *= 2.5 if f"{step:e}"[0] == "2" else 2
+    unit = 10 ** math.floor(math.log10(span / 6))
+    step = min(unit * m for m in (1, 2, 5, 10) if span <= 6.001 * unit * m)
     first = math.floor(low / step)
     last = max(math.ceil(high / step), first + 1)
     return [round(i * step, 12) for i in range(first, last + 1)]
-
-
-def clock(seconds):
-    """2.5 h, or minutes:seconds."""
-    if seconds > 5400:
-        return f"{seconds / 3600:,.1f} h"
-    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
 
 
 # -----------------------------------------------------------------------------
@@ -1417,24 +1413,20 @@ def choose_setup(args, device):
 
     Own text of less than 100 M tokens, or on a CPU, gets the preset `small`.
     """
+    data = args.data or default_data("gpt2")
     preset = args.preset
-    full = default_data("gpt2")
     if preset is None:
         preset = "small" if args.data else "tiny"
-        if args.data and fineweb.read_tokens_info(args.data)["tokenizer"] == "tiny":
+        if fineweb.read_tokens_info(data)["tokenizer"] == "tiny":
             preset = "tiny"
-        if device.type == "cuda" and (args.data or full.exists()):
-            if len(open_shards(args.data or full)[0]) >= 100e6:
-                preset = "gpt2"
-    if preset == "tiny" and not args.preset and not args.data:
-        why = f"there are no shards in {full}" if device.type == "cuda" else "there is no GPU"
-        print(f"setup      toy: {why}. For the full size: python fineweb.py --tokens 10B, then")
-        print("           python train_gpt2.py --preset gpt2")
-    data = Path(args.data or default_data(preset))
+        elif device.type == "cuda" and Path(data).exists() and len(open_shards(data)[0]) >= 1e8:
+            preset = "gpt2"
     if preset == "tiny" and not args.data:
+        print("setup      toy. The full one: python fineweb.py --tokens 10B, then, with a GPU,")
+        print("           python train_gpt2.py --preset gpt2")
         with rank_zero_first():
-            fineweb.make_toy_text(data)
-    return preset, data
+            fineweb.make_toy_text(default_data("tiny"))
+    return preset, Path(args.data or default_data(preset))
 
 
 def choose_recipe(recipe, args, T):
@@ -1451,8 +1443,7 @@ def choose_recipe(recipe, args, T):
 
 
 def open_data(folder, config):
-    """(training set, validation sets, tokenizer) of a folder of shards; UserError if they do not
-    have the vocabulary of the model."""
+    """(training set, validation sets, tokenizer); UserError for tokens of another vocabulary."""
     train_set, val_sets = open_shards(folder)
     tokenizer = fineweb.get_tokenizer(fineweb.read_tokens_info(folder)["tokenizer"])
     if tokenizer.n_vocab != config.n_vocab:
@@ -1471,50 +1462,38 @@ def describe(run, preset, data, model, train_set, device):
     precision = "bf16 products, fp32 weights" if uses_bf16(device) else "fp32"
     parameters = sum(p.numel() for p in model.parameters())
     windows = recipe.batch_size // c.block_size
-    accumulated = windows // recipe.micro_batch // world_size()
     epochs = recipe.max_steps * recipe.batch_size / len(train_set)
-    going_on = f"; going on after step {run.step:,}" if run.step else ""
+    state = f"; going on after step {run.step:,}" if run.step else ""
     if run.step >= recipe.max_steps:
-        going_on = "; it is finished, --restart begins anew"
+        state = "; it is finished, --restart begins anew"
     print(f"data       {data}: {len(train_set):,} tokens for training")
-    print(f"device     {name}, {world_size()} process(es), {precision}")
-    print(f"model      {preset}: {parameters:,} parameters ({c.n_layer} layers, {c.n_head} heads, "
-          f"width {c.n_embd}, context {c.block_size})")
-    print(f"step       {recipe.batch_size:,} tokens = {world_size()} process(es) x {accumulated} "
-          f"micro-batch(es) of {recipe.micro_batch} x {c.block_size}")
+    print(f"device     {world_size()} x {name}, {precision}")
+    print(f"model      {preset}: {parameters:,} parameters")
+    print(f"step       {recipe.batch_size:,} tokens: {windows} x {c.block_size}, "
+          f"{recipe.micro_batch} at a time")
     steps = f"{recipe.max_steps:,} steps, {epochs:.1f} epochs"
-    print(f"run        {run.out}: {steps}{going_on}", flush=True)
+    print(f"run        {run.out}: {steps}{state}", flush=True)
 
 
-def finish(run, model, tokenizer, args):
+def finish(run, model, tokenizer):
     """Write and print samples, and what to do next."""
     if rank() > 0:
         return
-    prompts = ["", "The ", "In the beginning"]
-    if tokenizer.name == "tiny":
-        scene = fineweb.random_scene(random.Random(0), held_out=False)
-        prompts = [fineweb.scene_map(scene) + "\n", "The ", "If "]
     device = pick_device()
     freeze(model, device)
     texts = []
-    for prompt in prompts:
+    for prompt in ("", "The ", "In the beginning"):
         tokens = [tokenizer.eot_token, *tokenizer.encode_ordinary(prompt)]
-        sampling = {"temperature": 0.8, "top_k": 50, "stop": tokenizer.eot_token}
-        sampling["generator"] = torch.Generator(device).manual_seed(0)
-        length = min(model.config.block_size - len(tokens), 200)
         idx = torch.tensor([tokens], device=device)
-        row = generate(model, idx, length, **sampling)[0].tolist()
-        row = [token for token in row if token != tokenizer.eot_token]
-        texts.append(f"--- {tokenizer.decode(row, errors='replace')}\n")
+        length = min(model.config.block_size - len(tokens), 200)
+        generator = torch.Generator(device).manual_seed(0)
+        row = generate(model, idx, length, temperature=0.8, top_k=50, generator=generator)[0, 1:]
+        texts.append(f"--- {tokenizer.decode(row.tolist(), errors='replace')}\n")
     with fineweb.atomic_write(run.out / "samples.txt", "w") as file:  # its end: the run is finished
         file.writelines(texts)
     print("".join(texts))
-    where = "" if run.out == Path("runs/tiny") else f" --ckpt {shlex.quote(str(run.out))}"
-    data = f" --data {shlex.quote(args.data)}" if args.data else ""
-    print(f"{run.seconds:.0f} s of training; {run.out} has the checkpoint, log, curves and samples.")
-    print(f'Next:\n  python train_gpt2.py --sample "The "{where}')
-    print(f"  python train_gpt2.py --eval{where}{data}")
-    print(f"  python train_gpt2.py --export-hf gpt2-hf{where}")
+    print(f"{run.seconds:.0f} s of training; {run.out} has checkpoint, log, curves and samples.")
+    print(f'Next: python train_gpt2.py --sample "The " --ckpt {shlex.quote(str(run.out))}')
 
 
 def is_finished(out):
