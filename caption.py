@@ -21,6 +21,7 @@ tokens, D their width, N targets of a row, V vocabulary, W beams.
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -122,7 +123,10 @@ def pool_tokens(tokens, grid=(4, 8)):
 
 
 class LinearBridge(nn.Module):
-    """A linear map and learned positions: the mapping of ClipCap (Mokady et al. 2021), minimal."""
+    """A linear map of each vision token, as in LiMBeR (Merullo et al. 2022), and positions.
+
+    ClipCap (Mokady et al. 2021) maps one vector of a picture to a prefix, with an MLP.
+    """
 
     def __init__(self, S, D, C, n_head, n_layer, scale):
         super().__init__()
@@ -142,7 +146,8 @@ class LinearBridge(nn.Module):
 class QFormerBridge(nn.Module):
     """Learned queries gather what a caption needs (BLIP-2, Li et al. 2023, section 3.1).
 
-    The queries begin at unit scale: BLIP-2's .02 is for layers that start from BERT's weights.
+    The queries begin at unit scale: BLIP-2's .02 is for layers that start from BERT's weights. Its
+    first stage, with losses of its own, is left out.
     """
 
     def __init__(self, S, D, C, n_head, n_layer, scale, queries=32):
@@ -188,9 +193,11 @@ class QFormerLayer(nn.Module):
 
 
 class CrossAttentionBridge(nn.Module):
-    """Gated cross-attention (Flamingo, Alayrac et al. 2022, figure 4) before each decoder block:
+    """Gated cross-attention (Flamingo, Alayrac et al. 2022, figure 4), without its gated MLP:
 
-        x = x + tanh(gate) * cross_attn(LN(x), vision)
+        for i, block in enumerate(decoder.h):
+            x = x + tanh(gates[i]) * cross_attn[i](ln[i](x), vision)
+            x = block(x)
 
     The gates begin at 0, so at first the decoder is exactly what it was; they open as attention
     becomes useful. Positions begin at the scale of the normalized tokens: at .02 the decoder learns
@@ -211,7 +218,7 @@ class CrossAttentionBridge(nn.Module):
 
     @contextlib.contextmanager
     def inside(self, vision, decoder):
-        """Hooks let each block see the picture; the decoder's code knows nothing of vision."""
+        """Hooks put the first line before each block; the decoder's code is not touched."""
         vision = self.norm(vision) + self.positions  # (B, S, D)
 
         def before_block(i):
@@ -274,16 +281,16 @@ def build(name, S, D, decoder):
 # -----------------------------------------------------------------------------
 # 3. The captioner. The layout of a sequence:
 #
-#     linear, qformer    v1 v2 ... vP  a  red  circle  <|endoftext|>       v: the prefix
-#     cross              <|endoftext|>  a  red  circle  <|endoftext|>      P = 1
-#     targets                       a  red  circle  <|endoftext|>          each at the place before
+#     linear, qformer    v1 ... v32  v33             a    red     circle           v: the prefix
+#     cross                          <|endoftext|>   a    red     circle           P = 1
+#     targets                        a               red  circle  <|endoftext|>
 #
 # All captions of a picture are packed after one prefix (train_gpt2.pack), where each attends to the
 # prefix and to itself: one pass over P + 5 * 12 tokens does the work of five over P + 12.
 
 
 class Captioner(nn.Module):
-    """A bridge, and the frozen decoder in front of which, or in which, it works."""
+    """A bridge, and the frozen decoder that it feeds with a prefix or attends into."""
 
     def __init__(self, bridge, decoder):
         super().__init__()
@@ -314,7 +321,7 @@ class Captioner(nn.Module):
         x = self.decoder.embed(packed.idx, packed.positions)  # (B, P + T, C)
         x = torch.cat([self.beginning(vision), x[:, self.bridge.P :]], dim=1)
         with self.bridge.inside(vision, self.decoder):
-            h = self.decoder.decode(x, packed.mask)
+            h = self.decoder.hidden_states(x, packed.mask)
         return self.decoder.loss(packed.at_source(h), packed.targets, reduction)
 
     @torch.no_grad()
@@ -342,7 +349,7 @@ class Captioner(nn.Module):
         device = vision.device
         cache = [KVCache() for _ in self.decoder.h]
         with self.bridge.inside(vision, self.decoder):  # prefill: once for each picture
-            h = self.decoder.decode(self.beginning(vision), cache=cache)[:, -1:]
+            h = self.decoder.hidden_states(self.beginning(vision), cache=cache)[:, -1:]
         h = h.expand(-1, beams, -1)  # (B, W, C)
         rows = torch.arange(B, device=device).repeat_interleave(beams)  # of the cache, by beam
         tokens = torch.zeros(B, beams, 0, dtype=torch.long, device=device)
@@ -355,7 +362,8 @@ class Captioner(nn.Module):
                 log_p = self.decoder.logits(h).float().log_softmax(-1)  # (B, W, V)
                 V = log_p.size(2)
                 log_p = log_p.masked_fill(done[:, :, None], -math.inf)
-                log_p[:, :, self.eot] = torch.where(done, 0.0, log_p[:, :, self.eot])  # it stays
+                # a finished beam can only be followed by <|endoftext|>, for free
+                log_p[:, :, self.eot] = torch.where(done, 0.0, log_p[:, :, self.eot])
                 sums = total[:, :, None] + log_p
                 lengths = length + ~done
                 worth = sums / lengths[:, :, None] ** length_penalty
@@ -376,7 +384,7 @@ class Captioner(nn.Module):
                 rows = torch.arange(B * beams, device=device)
                 position = torch.full((1,), self.bridge.P + step, device=device)
                 x = self.decoder.embed(token.view(-1, 1), position)
-                h = self.decoder.decode(x, cache=cache).view(B, beams, -1)
+                h = self.decoder.hidden_states(x, cache=cache).view(B, beams, -1)
         return tokens[:, 0]
 
 
@@ -418,7 +426,8 @@ class PictureSet:
 
     def blind(self):
         """The same captions with vision tokens that are all 0."""
-        return replace(self, features=[np.zeros_like(chunk) for chunk in self.features])
+        zeros = [np.broadcast_to(np.float16(0), chunk.shape) for chunk in self.features]
+        return replace(self, features=zeros)
 
 
 def clean_caption(text):
@@ -474,14 +483,14 @@ def train(name, setup, args, blind=False):
             loss, norm = train_step(parallel, optimizer, micro_batches, recipe.grad_clip, device)
             run.count_step(loss, norm)
             stop = run.stop_requested()
-            evaluate = run.step % recipe.eval_every == 0 or run.step == recipe.max_steps
+            is_eval_step = run.step % recipe.eval_every == 0 or run.step == recipe.max_steps
             row = {}
-            if run.step % recipe.log_every == 0 or run.step == 1 or evaluate or stop:
+            if run.step % recipe.log_every == 0 or run.step == 1 or is_eval_step or stop:
                 row = run.progress(loss, lr, norm, captions_a_step)
-            if evaluate:
+            if is_eval_step:
                 row |= validate(captioner, val_set, run, device)
             run.log(row)
-            if evaluate or stop:
+            if is_eval_step or stop:
                 run.save(captioner.bridge, optimizer)
             if stop:
                 run.exit()
@@ -509,7 +518,7 @@ def choose_recipe(name, setup, pictures, args):
     steps = args.max_steps or max(steps, 1)
     lr = LEARNING_RATES[name][0 if setup.toy else 1]
     recipe = Recipe(
-        steps, batch, batch, lr, max(1, round(0.03 * steps)), min_lr=0.0, weight_decay=0.01,
+        steps, batch, batch, lr, max(1, round(0.03 * steps)), min_lr_ratio=0.0, weight_decay=0.01,
         eval_every=max(1, steps // 10), log_every=20)
     recipe = train_gpt2.with_flags(recipe, args)
     if recipe.batch_size < world_size():
@@ -577,8 +586,9 @@ def write_all_captions(captioner, pictures, tokenizer, prompts=None, batch=250, 
     prompts: for each picture the token ids with which its caption begins, all of one length.
     """
     texts = []
-    for i in range(0, len(pictures), batch // beams):
-        part = range(i, min(i + batch // beams, len(pictures)))
+    batch = max(1, batch // beams)
+    for i in range(0, len(pictures), batch):
+        part = range(i, min(i + batch, len(pictures)))
         prompt = torch.tensor([prompts[j] for j in part]) if prompts else None
         vision = pictures.vision(part)
         texts += write_captions(captioner, vision, tokenizer, beams, prompt, **options)
@@ -643,12 +653,12 @@ def held_out(picture):
 def evaluate(out, setup, args, beam=None):
     """Score the best bridge of a run on the validation pictures: print, write files, return a dict.
 
-    results.json, scores.json, grid.png. "shuffled": with the tokens of another picture; what is
-    right then is guessed.
+    The files are results.json, scores.json, grid.png. "shuffled": each caption with the tokens of
+    another picture; what is right then was guessed.
     """
     device = pick_device()
     tokenizer = setup.tokenizer
-    captioner = load_captioner(args.ckpt or Path(out) / "best.pt", setup, args)
+    captioner = load_captioner(Path(out) / "best.pt", setup, args)
     val_set = load_pictures(setup, "val", args)
     unseen = [i for i, picture in enumerate(val_set.pictures) if held_out(picture)]
     seen = val_set.subset(sorted(set(range(len(val_set))) - set(unseen)))
@@ -679,7 +689,7 @@ def evaluate(out, setup, args, beam=None):
         if kind in row:
             print(f"{kind:22} " + "  ".join(f"{fact} {s:.2f}" for fact, s in row[kind].items()))
     if "captions true" in row:
-        print(f"{'free captions, all true':22} {row['captions true']:.2f}")
+        print(f"{'captions without a false statement':22} {row['captions true']:.2f}")
     print(f"{out} has best.pt, results, scores, curves.png and grid.png")
     return row
 
@@ -807,9 +817,9 @@ def sample(args):
         generator = torch.Generator(pick_device()).manual_seed(args.seed)
         options = {"temperature": temperature, "top_p": args.top_p or 0.9, "generator": generator}
     drawn = []  # (small picture, caption)
-    for begin in range(0, len(paths), CHUNK):
+    for begin in range(0, len(paths), CLIP_BATCH):
         images = {}
-        for path in paths[begin : begin + CHUNK]:
+        for path in paths[begin : begin + CLIP_BATCH]:
             try:
                 images[path] = coco_eval.load_image(path)
             except UserError as error:
@@ -836,7 +846,9 @@ def load_captioner(path, setup, args):
     checkpoint = train_gpt2.read_checkpoint(path)
     run = checkpoint["run"]
     here = {"decoder": setup.decoder_name, "clip": setup.encoder.name, "grid": args.grid_size}
-    flags = {"decoder": "--lm", "clip": "--clip", "grid": "--grid-size"}
+    flags = {"decoder": "--lm", "clip": "--clip", "grid": "--grid-size", "bridge": "--bridge"}
+    if args.bridge:
+        here["bridge"] = args.bridge
     for part, value in here.items():
         if run.get(part) != value:
             reason = f"{path} was trained for another {part}, {run.get(part)}, not {value}"
@@ -849,7 +861,8 @@ def load_captioner(path, setup, args):
 # -----------------------------------------------------------------------------
 # Appendix A: vision tokens on disk. CLIP never changes, so each picture goes through it once
 
-CHUNK = 64  # pictures that go through CLIP at a time, and into one file
+CHUNK = 512  # pictures in a file
+CLIP_BATCH = 64
 
 
 def grid_of(args):
@@ -877,7 +890,7 @@ def cached_features(encoder, pictures, grid, name):
     """Vision tokens of pictures [{"id", "path"}, ...]: memory maps (CHUNK, S, D), float16.
 
     The folder's name has a digest of CLIP, grid and the very files (path, size, time of change); a
-    chunk that is there is done. A picture that cannot be read is NaN.
+    file that is there is done. A picture that cannot be read is NaN.
     """
     digest = hashlib.sha256(f"{encoder.name} {grid}".encode())
     for picture in pictures:
@@ -889,12 +902,16 @@ def cached_features(encoder, pictures, grid, name):
     missing = [i for i, path in enumerate(paths) if not path.exists()]
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # they decode pictures
         for i in tqdm(missing, desc=f"vision tokens, {CHUNK} pictures a step", disable=None):
-            chunk = pictures[i * CHUNK : (i + 1) * CHUNK]
-            images = torch.stack(list(threads.map(functools.partial(prepared, encoder), chunk)))
-            features = pool_tokens(encoder(images), grid).cpu().numpy().astype(np.float16)
-            features[images[:, 0, 0, 0].isnan().numpy()] = np.nan
+            images = threads.map(functools.partial(prepared, encoder),
+                                 pictures[i * CHUNK : (i + 1) * CHUNK])
+            features = []
+            while batch := list(itertools.islice(images, CLIP_BATCH)):
+                batch = torch.stack(batch)
+                tokens = pool_tokens(encoder(batch), grid).cpu().numpy().astype(np.float16)
+                tokens[batch[:, 0, 0, 0].isnan().numpy()] = np.nan
+                features.append(tokens)
             with fineweb.atomic_write(paths[i]) as file:
-                np.save(file, features)
+                np.save(file, np.concatenate(features))
     return [np.load(path, mmap_mode="r") for path in paths]
 
 
@@ -944,8 +961,11 @@ def open_setup(args):
         print("setup      toy: its bridges know colored shapes only. For photographs on a laptop:")
         print("           python coco_eval.py --download --val-only   (1.1 GB; models: 2.3 GB)")
         print(f"           python caption.py --data data/coco --bridge {args.bridge or 'linear'}")
+        if lm == "runs/tiny/ckpt.pt" and not train_gpt2.is_finished("runs/tiny"):
+            print("missing    the decoder: python train_gpt2.py --preset tiny", flush=True)
+            train_gpt2.main(["--preset", "tiny"])  # on all ranks
         with rank_zero_first():
-            make_toy_setup(data, clip, lm)
+            make_toy_setup(data, clip)
     else:
         data = Path(args.data or coco)
         clip = args.clip or "ViT-L-14-quickgelu/openai"
@@ -961,11 +981,8 @@ def open_setup(args):
     return Setup(folder, toy, data, encoder, decoder, tokenizer, name)
 
 
-def make_toy_setup(data, clip, lm):
-    """Make what the toy setup lacks: the decoder, the pictures, the image encoder."""
-    if lm == "runs/tiny/ckpt.pt" and not train_gpt2.is_finished("runs/tiny"):
-        print("missing    the decoder: python train_gpt2.py --preset tiny", flush=True)
-        train_gpt2.main(["--preset", "tiny"])
+def make_toy_setup(data, clip):
+    """Make what the toy setup lacks: the pictures, the image encoder."""
     if not data.exists():
         print(f"missing    the pictures: drawing them in {data}", flush=True)
         coco_eval.make_shapes(data)
@@ -1087,24 +1104,24 @@ def main():
     group.add_argument("--restart", action="store_true", help="forget what is in the run's folder")
     group = parser.add_argument_group("captions")
     group.add_argument("--ckpt", metavar="FILE", help="the bridge (default: best.pt of the run)")
-    group.add_argument("--num", type=positive, help="so many drawn captions for each picture")
-    group.add_argument("--temperature", type=number(float, 0, 100), help="of drawn captions (0.8)")
-    group.add_argument("--top-p", type=number(float, 0.001, 1), help="of drawn captions (0.9)")
+    group.add_argument("--num", type=positive, help="captions to sample for each picture")
+    group.add_argument("--temperature", type=number(float, 0, 100), help="of sampling (0.8)")
+    group.add_argument("--top-p", type=number(float, 0.001, 1), help="of sampling (0.9)")
     group.add_argument("--beam", type=number(int, 2), metavar="W", help="beam search (else greedy)")
     group.add_argument("--length-penalty", type=number(float, 0, 10), help="of --beam (1.0)")
     group.add_argument("--grid", metavar="FILE", help="draw the pictures with their captions")
     args = parser.parse_args()
     if not args.bridge and not args.compare:
         raise UserError("give --bridge linear, cross or qformer, or --compare")
-    drawing = ("--num", "--temperature", "--top-p")
+    sampling = ("--num", "--temperature", "--top-p")
     if args.beam:
-        parser.refuse(args, "--beam", *drawing)
+        parser.refuse(args, "--beam", *sampling)
     else:
-        parser.refuse(args, "greedy or drawn captions", "--length-penalty")
+        parser.refuse(args, "captions without --beam", "--length-penalty")
     if not args.sample:
-        parser.refuse(args, "anything but --sample", *drawing, "--grid")
+        parser.refuse(args, "anything but --sample", *sampling, "--grid", "--ckpt")
     if args.compare:
-        parser.refuse(args, "--compare", "--bridge", "--sample", "--eval", "--ckpt")
+        parser.refuse(args, "--compare", "--bridge", "--sample", "--eval", "--beam")
     train_gpt2.join_processes()
     if args.sample:
         sample(args)

@@ -5,8 +5,8 @@ Pictures with captions, and the scores of captions.
     python coco_eval.py --download [DIR] [--val-only]      COCO 2017: 20 GB, 40 GB while it unpacks
     python coco_eval.py --make-shapes DIR [--images N]     the toy pictures, drawn in seconds
 
-A caption is scored against some five that people wrote, by four metrics that differ in what they
-count as agreement:
+A caption is scored against about five that people wrote, by four metrics that differ in what
+they count as agreement:
 
     BLEU      which words and phrases of the candidate occur in a reference?     (precision)
     ROUGE-L   how much of a reference does it say in the same order?             (both)
@@ -481,7 +481,8 @@ def read_references(path):
     """{id: [caption, ...]} of a COCO annotation file."""
     content = fineweb.read_json(path)
     references = {}
-    for id, caption in caption_pairs(content.get("annotations") if content else None, path):
+    annotations = content.get("annotations") if isinstance(content, dict) else None
+    for id, caption in caption_pairs(annotations, path):
         references.setdefault(id, []).append(caption)
     return references
 

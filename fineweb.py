@@ -49,6 +49,8 @@ EOT = "<|endoftext|>"  # begins each document
 def get_tokenizer(name):
     """The tokenizer "gpt2" (50,257 tokens; tiktoken downloads 1.5 MB once) or "tiny" (made here).
 
+    Both are byte-pair encodings (Sennrich et al. 2016): frequent runs of bytes are one token each.
+
     "tiny" has the 256 bytes, one token for each word of the toy scenes (with a leading blank or
     without, as words are in GPT-2) and <|endoftext|>. In both, <|endoftext|> has the largest id.
     """
@@ -297,13 +299,16 @@ def encode_for_gpt2(text):
 # scene document shows first what is there, as a map, and then describes it:
 #
 #     <|endoftext|> . . . . red-circle red-circle . . BLUE-SQUARE BLUE-SQUARE . . ...   the map
-#     red circle top left, blue square top right                            its list, in 60 %
+#     blue square top left, red circle top right                            two places, in 80 %
 #     there are two objects                                                 one to five captions
-#     the blue square is at the top right
+#     the blue square is at the top left
 #
 # The map says each cell twice, because a cell of a picture will be two of the 32 vision tokens
 # that stand in its place later, and writes large objects in capitals. Color and shape are one
 # word there: with a word each, the decoder had not learned to pair them after 50 s of training.
+# The places are those of two objects in random order: in the order of the map the decoder learns
+# to walk along the map instead of looking an object up, which is what captions ask for. Relations
+# are the hardest to learn, so they are four of the eight captions from which a document draws.
 
 COLORS = ("red", "green", "blue", "yellow", "pink", "white")
 SHAPES = ("circle", "square", "triangle", "cross")
@@ -398,11 +403,13 @@ def scene_map(scene):
 
 
 def scene_document(scene, rng):
-    """A scene's map, in 60 % its list, and one to five of its captions, a line each."""
+    """A scene's map, in 80 % two places, and one to five captions, a line each."""
     lines = [scene_map(scene)]
-    if rng.random() < 0.6:
-        lines.append(", ".join(f"{object_name(o)} {place(o)}" for o in scene["objects"]))
-    lines += rng.sample(captions(scene, rng), rng.randint(1, 5))
+    pair = rng.sample(scene["objects"], 2)
+    if rng.random() < 0.8:
+        lines.append(", ".join(f"{object_name(thing)} {place(thing)}" for thing in pair))
+    relations = [captions(scene, rng)[3] for _ in range(3)]
+    lines += rng.sample(captions(scene, rng) + relations, rng.randint(1, 5))
     return "\n".join(lines)
 
 
@@ -413,7 +420,7 @@ SCENE_WORDS = {*COLORS, *SHAPES, *SIZES, *NUMBERS.values(), *MAP_WORDS, *OTHER_W
 SCENE_WORDS = sorted(SCENE_WORDS | {word.upper() for word in MAP_WORDS})
 
 TOY_BLOCK = 64  # tokens of context of the preset `tiny`
-TOY_SCENE_BLOCKS = 32_000  # four fifths of the text; the rest is English
+TOY_SCENE_BLOCKS = 33_200  # five sixths of the text; the rest is English
 
 
 def make_toy_text(folder):
@@ -475,14 +482,16 @@ def main():
     parser.add_argument("--text", nargs="+", metavar="FILE", help="tokenize these files instead")
     parser.add_argument("--val-fraction", type=number(float, 0.001, 0.5),
                         help="share of --text for validation (default: 0.01)")
-    parser.add_argument("--out", default="data/fineweb_edu", help="folder (default: %(default)s)")
+    parser.add_argument("--out", help="new folder (FineWeb-Edu: data/fineweb_edu)")
     args = parser.parse_args()
     if args.text:
         parser.refuse(args, "--text", "--tokens")
+        if not args.out:
+            raise UserError("--text needs a new folder for its shards: give --out")
         text_to_shards(args.text, args.out, args.val_fraction or 0.01)
     else:
         parser.refuse(args, "FineWeb-Edu", "--val-fraction")
-        fetch_fineweb(args.tokens or 10_000_000_000, args.out)
+        fetch_fineweb(args.tokens or 10_000_000_000, args.out or "data/fineweb_edu")
 
 
 # -----------------------------------------------------------------------------
@@ -528,8 +537,11 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def refuse(self, args, task, *flags):
         """UserError when one of `flags` was given, which would do nothing for `task`."""
-        for flag in flags:
-            if getattr(args, flag.strip("-").replace("-", "_")) not in (None, False):
+        for action in self._actions:
+            value = getattr(args, action.dest, None)
+            given = value is not None and value is not False
+            if given and set(action.option_strings) & set(flags):
+                flag = action.option_strings[0]
                 raise UserError(f"{flag} does nothing for {task}: leave one of them out")
 
 

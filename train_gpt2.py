@@ -66,6 +66,7 @@ class GPTConfig:
     n_embd: int = 768
     init_std: float = 0.02
     vocab_padding: int = 0  # the last rows that are no tokens: 50,304 = 393 * 128 is faster
+    sinusoids: bool = False  # positions begin as waves; see sinusoids()
 
     @property
     def n_vocab(self):
@@ -125,7 +126,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention gathers from other positions, the MLP works on each; both add to x (pre-norm)."""
+    """Attention gathers from other positions, the MLP works on each position by itself.
+
+    Residual connections: both add to x, and read it through a LayerNorm (pre-norm).
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -146,19 +150,21 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # of tokens
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # of positions, learned
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5)
         # weight tying: there is no separate head, logits() uses the token table (Press & Wolf 2017)
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
-                # 2 * n_layer of these add up in x, so they start smaller (GPT-2, section 2.3)
+                # residual scaling: 2 * n_layer of these add up in x (GPT-2, section 2.3)
                 nn.init.normal_(p, std=config.init_std / math.sqrt(2 * config.n_layer))
             elif p.dim() == 2:
                 nn.init.normal_(p, std=config.init_std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
+        if config.sinusoids:
+            self.wpe.weight.data = sinusoids(config.block_size, config.n_embd, config.init_std)
 
     def embed(self, idx, positions=None):
         """Token ids (B, T) to vectors (B, T, C). positions: (T,) or (B, T), default 0 ... T - 1."""
@@ -166,8 +172,8 @@ class GPT(nn.Module):
             positions = torch.arange(idx.size(1), device=idx.device)
         return self.wte(idx) + self.wpe(positions)
 
-    def decode(self, x, mask=None, cache=None):
-        """Vectors (B, T, C) to hidden states (B, T, C).
+    def hidden_states(self, x, mask=None, cache=None):
+        """Vectors (B, T, C) through all blocks and the last LayerNorm: hidden states (B, T, C).
 
         mask: True where a position may attend, broadcast to (B, nh, T, T); default: causal.
         cache: a KVCache for each layer. Fill it with one call (prefill), then give it one new
@@ -199,7 +205,7 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         """Token ids (B, T) to (logits (B, T, n_vocab), None); with targets to (None, mean loss)."""
-        h = self.decode(self.embed(idx))
+        h = self.hidden_states(self.embed(idx))
         if targets is None:
             return self.logits(h), None
         return None, self.loss(h, targets)
@@ -262,7 +268,7 @@ def loss_and_gradient(logits, target, n_vocab):
     target: (rows, 1); where it is -100 the loss is 0 and the gradient means nothing. On CUDA this
     is one compiled function, so that the logits are read twice and written once.
     """
-    if logits.is_cuda:
+    if logits.is_cuda and can_compile():
         return compiled(softmax_minus_one_hot)(logits, target, n_vocab)
     rows = max(1, 500_000 // logits.size(1))  # as many as fit into a CPU's cache in fp32
     pieces = zip(logits.split(rows), target.split(rows), strict=True)
@@ -315,7 +321,8 @@ def generate(model, idx, max_new_tokens, prefix=None, stop=None, **sampling):
             token = sample_token(logits[:, -1], temperature)
             idx = torch.cat([idx, token[:, None]], dim=1)
 
-    Here a KV cache keeps what was computed (test_cached_equals_uncached_beyond_the_context).
+    Here a KV cache keeps what was computed, and a full context drops its older half at once
+    (test_cached_equals_uncached_beyond_the_context).
     prefix: vectors (B, P, C) before the ids, which then begin at position P; idx may be (B, 0).
     stop: a token that ends its row, which is then filled up with it. sampling: see sample_token().
     """
@@ -325,7 +332,7 @@ def generate(model, idx, max_new_tokens, prefix=None, stop=None, **sampling):
     context = idx[:, -room:]
     cache = None
     for _ in range(max_new_tokens):
-        if context.size(1) > room:  # full: drop the older half, once in room / 2 tokens
+        if context.size(1) > room:  # so everything is computed anew once in room / 2 tokens only
             context = context[:, -(room // 2) :]
             cache = None
         positions = torch.arange(P, P + context.size(1), device=idx.device)
@@ -336,7 +343,7 @@ def generate(model, idx, max_new_tokens, prefix=None, stop=None, **sampling):
                 x = torch.cat([prefix, x], dim=1)  # (B, P + T, C)
         else:  # decode: only the newest token
             x = model.embed(context[:, -1:], positions[-1:])  # (B, 1, C)
-        h = model.decode(x, cache=cache)
+        h = model.hidden_states(x, cache=cache)
         token = sample_token(model.logits(h[:, -1]).float(), **sampling)  # (B,)
         if stop is not None:
             token = torch.where(running, token, stop)
@@ -405,7 +412,10 @@ class TokenDataset:
         return math.ceil((len(self) - 1) / T)
 
     def get_batch(self, windows, T, n_vocab):
-        """Inputs and targets (B, T) of these windows; after the end of the row targets are -100."""
+        """Inputs and targets (B, T) of these windows, for next-token prediction.
+
+        Each target is the token after its input; after the end of the row targets are -100.
+        """
         x = torch.zeros(len(windows), T, dtype=torch.long)
         y = torch.full((len(windows), T), -100)
         for row, window in enumerate(windows):
@@ -502,7 +512,7 @@ class Recipe:
     micro_batch: int  # windows (pictures) computed at once; their gradients are accumulated
     lr: float  # the highest learning rate
     warmup_steps: int
-    min_lr: float = 0.1  # the lowest learning rate, as a share of the highest
+    min_lr_ratio: float = 0.1  # the lowest learning rate as a share of the highest
     muon_lr: float = 0.0  # that of the hidden matrices under Muon; 0: all is AdamW's
     weight_decay: float = 0.1
     grad_clip: float = 1.0
@@ -513,7 +523,7 @@ class Recipe:
 
 PRESETS = {  # T, V, layers, heads, C
     # 0.9 M parameters, for the toy data; 16 M, for real text on a CPU
-    "tiny": GPTConfig(fineweb.TOY_BLOCK, 448, 4, 4, 128, init_std=0.06, vocab_padding=17),
+    "tiny": GPTConfig(fineweb.TOY_BLOCK, 448, 4, 4, 128, 0.06, vocab_padding=17, sinusoids=True),
     "small": GPTConfig(256, 50304, 4, 4, 256, init_std=0.04, vocab_padding=47),
     # OpenAI's four: 124 M, 355 M, 774 M and 1,558 M
     "gpt2": GPTConfig(1024, 50304, 12, 12, 768, vocab_padding=47),
@@ -522,7 +532,7 @@ PRESETS = {  # T, V, layers, heads, C
     "gpt2-xl": GPTConfig(1024, 50304, 48, 25, 1600, vocab_padding=47),
 }
 RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up
-    "tiny": Recipe(2_000, 1_536, 24, 2e-3, 40, eval_every=200, eval_tokens=20_480, log_every=20),
+    "tiny": Recipe(1_600, 1_536, 24, 1e-3, 40, muon_lr=0.02, eval_every=200, eval_tokens=20_480),
     "small": Recipe(500, 8_192, 16, 2e-3, 50, eval_every=50, eval_tokens=16_384),
     # GPT-3's recipe: 19,073 steps of 524,288 tokens are 10.0 B, 715 of them 375 M
     "gpt2": Recipe(19_073, 524_288, 16, 6e-4, 715),
@@ -544,10 +554,10 @@ def get_lr(step, recipe):
     # 1) linear warm-up for warmup_steps
     if step < recipe.warmup_steps:
         return recipe.lr * (step + 1) / recipe.warmup_steps
-    # 2) then a cosine, from lr at progress 0 down to min_lr * lr at progress 1
+    # 2) then a cosine, from lr at progress 0 down to min_lr_ratio * lr at progress 1
     progress = (step - recipe.warmup_steps) / max(recipe.max_steps - recipe.warmup_steps, 1)
     cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
-    return recipe.lr * (recipe.min_lr + (1 - recipe.min_lr) * cosine)
+    return recipe.lr * (recipe.min_lr_ratio + (1 - recipe.min_lr_ratio) * cosine)
 
 
 def configure_optimizer(model, recipe, lr_scale=None):
@@ -603,7 +613,11 @@ def train_step(model, optimizer, micro_batches, grad_clip, device):
 
 
 def train(args):
-    """Train a preset, or go on with its run, until the last step."""
+    """Train a preset, or go on with its run, until the last step.
+
+    Run (appendix C) keeps the run's folder: resume() reads ckpt.pt, save() writes it, log() adds
+    to log.csv, progress() prints a line, and Ctrl-C makes stop_requested() true.
+    """
     device = pick_device()
     preset, data = choose_setup(args, device)
     config = PRESETS[preset]
@@ -627,15 +641,15 @@ def train(args):
             loss, norm = train_step(parallel, optimizer, micro_batches, recipe.grad_clip, device)
             run.count_step(loss, norm)
             stop = run.stop_requested()
-            evaluate = run.step % recipe.eval_every == 0 or run.step == recipe.max_steps
+            is_eval_step = run.step % recipe.eval_every == 0 or run.step == recipe.max_steps
             row = {}
-            if run.step % recipe.log_every == 0 or run.step == 1 or evaluate or stop:
+            if run.step % recipe.log_every == 0 or run.step == 1 or is_eval_step or stop:
                 row = run.progress(loss, lr, norm, recipe.batch_size, flops_per_token(config))
-            if evaluate:
+            if is_eval_step:
                 row |= validate(parallel, config, val_sets, tokenizer, recipe, device)
                 row |= validate_hellaswag(model, items, run.step, device)
             run.log(row)
-            if evaluate or stop:
+            if is_eval_step or stop:
                 run.save(model, optimizer)
             if stop:
                 run.exit()
@@ -765,7 +779,7 @@ def ending_losses(model, items, device):
             room = model.config.block_size - max(map(len, item.endings))
             rows.append((item.context[-room:], item.endings))  # too long: cut from the left
         packed = pack(rows).to(device)
-        h = model.decode(model.embed(packed.idx, packed.positions), packed.mask)
+        h = model.hidden_states(model.embed(packed.idx, packed.positions), packed.mask)
         loss = model.loss(packed.at_source(h), packed.targets, "none").double()  # (B, N)
         each = [(loss * (packed.owner == k)).sum(1) for k in range(4)]
         losses[chosen] = torch.stack(each, 1).cpu().numpy()
@@ -924,11 +938,13 @@ def sample(args):
     freeze(model, device)
     text = args.sample.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     prompt = [tokenizer.eot_token, *tokenizer.encode_ordinary(text)]
-    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    temperature = 0.8 if args.temperature is None else args.temperature
+    sampling = {"temperature": temperature, "top_k": args.top_k, "top_p": args.top_p}
     sampling["generator"] = torch.Generator(device).manual_seed(args.seed)
-    idx = torch.tensor([prompt] * args.num, device=device)
+    idx = torch.tensor([prompt] * (args.num or 1), device=device)
+    length = args.max_new_tokens or 200
     with autocast(device):
-        rows = generate(model, idx, args.max_new_tokens, stop=tokenizer.eot_token, **sampling)
+        rows = generate(model, idx, length, stop=tokenizer.eot_token, **sampling)
     for row in rows[:, len(prompt) :].tolist():
         row = [token for token in row if token != tokenizer.eot_token]
         print(f"{text}{tokenizer.decode(row, errors='replace')}\n---")
@@ -1056,14 +1072,20 @@ def parallelize(model, device, compile=True):
     """The model as it is trained: with DDP on several ranks, and compiled on GPUs."""
     if world_size() > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    if compile and device.type == "cuda":
-        try:
-            compiled(torch.sin)(torch.ones(1, device=device))
-        except (RuntimeError, ImportError, OSError):
-            print("not compiled: there is no working compiler; training is slower")
-        else:
-            model = torch.compile(model)
+    if compile and device.type == "cuda" and can_compile():
+        model = torch.compile(model)
     return model
+
+
+@functools.cache
+def can_compile():
+    """Whether torch.compile works here, on a GPU; if not, says so once."""
+    try:
+        torch.compile(torch.sin)(torch.ones(1, device=pick_device()))
+        return True
+    except (RuntimeError, ImportError, OSError):
+        print("not compiled: there is no working compiler; training is slower")
+        return False
 
 
 def flops_per_token(config):
@@ -1091,7 +1113,21 @@ def peak_memory():
 
 
 # -----------------------------------------------------------------------------
-# Appendix B: the optimizer Muon
+# Appendix B: what the toy decoder learns faster with: sinusoids to begin with, the optimizer Muon
+
+
+def sinusoids(T, C, std):
+    """Positions (T, C) that begin as sinusoids (Vaswani et al. 2017, section 3.5), then learn.
+
+    Their periods are 2, 4, 8 ... 2 T, in random orthogonal directions. GPT-2's learned positions
+    come to look like that too, but a short training has no time to find it: the column of a toy map
+    is a periodic function of the position, and was often not learned from random positions.
+    """
+    periods = 2.0 ** torch.arange(1, math.log2(T) + 2)
+    angles = 2 * math.pi * (torch.arange(T)[:, None] + 0.25) / periods
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (T, 2 * periods)
+    directions = torch.linalg.qr(torch.randn(C, waves.size(1)))[0]  # (C, 2 * periods)
+    return waves @ directions.T * std * math.sqrt(C / len(periods))
 
 
 class Muon(torch.optim.AdamW):
@@ -1137,8 +1173,8 @@ class Muon(torch.optim.AdamW):
 def orthogonalize(G):
     """U V^T for each matrix U S V^T of G (n, rows, columns), roughly, by Newton-Schulz steps.
 
-    X <- aX + b(XX^T)X + c(XX^T)^2 X is a polynomial of the singular values, which takes all of
-    (0, 1] near 1 in five steps, with matrix products alone; in bf16 where that is fast.
+    X <- aX + b(XX^T)X + c(XX^T)^2 X is a polynomial of the singular values that takes all but the
+    smallest of them to about .7 ... 1.2 in five steps; matrix products alone, in bf16 where fast.
     """
     X = G.bfloat16() if uses_bf16(G.device) else G
     tall = X.size(1) > X.size(2)
@@ -1202,8 +1238,10 @@ class Run:
         self.stack = contextlib.ExitStack()
         if rank() == 0:
             self.stack.enter_context(fineweb.lock(self.out))
-            for temporary in self.out.glob(".*.tmp"):  # left by a kill in the middle of writing
-                temporary.unlink()
+            # the marks of a finished run, and what a kill in the middle of writing has left
+            marks = (self.out / "samples.txt", self.out / "scores.json")
+            for old in (*marks, *self.out.glob(".*.tmp")):
+                old.unlink(missing_ok=True)
             rows = [row for row in read_log(self.out / "log.csv") if row["step"] <= self.step]
             self.write_log(rows if self.step else [])
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -1243,7 +1281,7 @@ class Run:
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == PATIENCE:
             reason = f"the loss was not finite in {PATIENCE} steps in a row"
-            raise UserError(f"{reason}: the same command with a lower --lr goes on from {self.path}")
+            raise UserError(f"{reason}: go on from {self.path} with a lower --lr")
 
     def progress(self, loss, lr, norm, per_step, flops=0):
         """Print a line about the last steps; returns it as columns of the log."""
@@ -1380,16 +1418,16 @@ def draw_curves(path, panels):
         draw.text((left + width / 2, 28), f"{title}, by step", "#111827", font, "mt")
         for i, (label, line) in enumerate(lines.items()):
             pixels = corner + (np.array(line).reshape(-1, 2) - low) * scale
-            draw.line(pixels.ravel().tolist(), colors[i], 5, "curve")
+            draw.line(pixels.ravel().tolist(), colors[i % 6], 5, "curve")
             x, y = left + width - 580, 130 + 48 * i  # the legend stands in the upper right corner
-            draw.line([(x, y), (x + 60, y)], colors[i], 8)
+            draw.line([(x, y), (x + 60, y)], colors[i % 6], 8)
             draw.text((x + 80, y), label, "#111827", font, "lm")
     with fineweb.atomic_write(path) as file:
         image.reduce(2).save(file, "PNG")
 
 
 def nice_ticks(values):
-    """Some six ticks, at 1, 2 or 5 times a power of ten, between which all values lie."""
+    """About six ticks, at 1, 2 or 5 times a power of ten, between which all values lie."""
     low = min(values, default=0)
     high = max(values, default=1)
     span = (high - low) or 1
@@ -1486,8 +1524,10 @@ def finish(run, model, tokenizer):
         tokens = [tokenizer.eot_token, *tokenizer.encode_ordinary(prompt)]
         idx = torch.tensor([tokens], device=device)
         length = min(model.config.block_size - len(tokens), 200)
-        generator = torch.Generator(device).manual_seed(0)
-        row = generate(model, idx, length, temperature=0.8, top_k=50, generator=generator)[0, 1:]
+        sampling = {"temperature": 0.8, "top_k": 50}
+        sampling["generator"] = torch.Generator(device).manual_seed(0)
+        with autocast(device):
+            row = generate(model, idx, length, **sampling)[0, 1:]
         texts.append(f"--- {tokenizer.decode(row.tolist(), errors='replace')}\n")
     with fineweb.atomic_write(run.out / "samples.txt", "w") as file:  # its end: the run is finished
         file.writelines(texts)
@@ -1522,22 +1562,28 @@ def main(arguments=None):
     group.add_argument("--ckpt", help="checkpoint, run, folder for transformers, or gpt2, gpt2-xl")
     group.add_argument("--limit", type=positive, help="HellaSwag on so many of its items")
     group.add_argument("--hellaswag", metavar="FILE", help="HellaSwag on the items of another file")
-    group.add_argument("--max-new-tokens", type=positive, default=200)
-    group.add_argument("--temperature", type=number(float, 0, 100), default=0.8)
-    group.add_argument("--top-k", type=positive)
-    group.add_argument("--top-p", type=number(float, 0.001, 1))
-    group.add_argument("--num", type=positive, default=1, help="how many samples")
+    group.add_argument("--max-new-tokens", type=positive, help="of a sample (default: 200)")
+    group.add_argument("--temperature", type=number(float, 0, 100), help="(default: 0.8)")
+    group.add_argument("--top-k", type=positive, help="only the k most probable tokens")
+    group.add_argument("--top-p", type=number(float, 0.001, 1), help="only the nucleus of p")
+    group.add_argument("--num", type=positive, help="how many samples (default: 1)")
     args = parser.parse_args(arguments)
     join_processes()
+    recipe = ("--preset", "--out", "--steps", "--batch-tokens", "--micro-batch", "--lr")
+    scoring = ("--limit", "--hellaswag")
+    sampling = ("--max-new-tokens", "--temperature", "--top-k", "--top-p", "--num")
     if args.sample is not None:
+        parser.refuse(args, "--sample", *recipe, *scoring, "--data", "--eval", "--export-hf")
         sample(args)
     elif args.eval:
+        parser.refuse(args, "--eval", *recipe, *sampling, "--export-hf")
         evaluate(args)
     elif args.export_hf:
+        parser.refuse(args, "--export-hf", *recipe, *scoring, *sampling, "--data")
         model, tokenizer, _ = load_model(args.ckpt or default_checkpoint())
         export_hf(model, tokenizer, args.export_hf)
     else:
-        parser.refuse(args, "training", "--ckpt", "--limit", "--hellaswag", "--top-k", "--top-p")
+        parser.refuse(args, "training", "--ckpt", *scoring, *sampling)
         train(args)
 
 
