@@ -519,7 +519,7 @@ def choose_recipe(name, setup, pictures, args):
     lr = LEARNING_RATES[name][0 if setup.toy else 1]
     recipe = Recipe(
         steps, batch, batch, lr, max(1, round(0.03 * steps)), min_lr_ratio=0.0, weight_decay=0.01,
-        eval_every=max(1, steps // 10), log_every=20)
+        eval_every=max(1, steps // 10))
     recipe = train_gpt2.with_flags(recipe, args)
     if recipe.batch_size < world_size():
         raise UserError(f"--batch {recipe.batch_size} is less than {world_size()} processes")

@@ -518,7 +518,7 @@ class Recipe:
     grad_clip: float = 1.0
     eval_every: int = 250
     eval_tokens: int = 10_485_760  # the same whatever the batch size: losses can be compared
-    log_every: int = 10
+    log_every: int = 20
 
 
 PRESETS = {  # T, V, layers, heads, C
@@ -533,7 +533,7 @@ PRESETS = {  # T, V, layers, heads, C
 }
 RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up
     "tiny": Recipe(1_600, 1_536, 24, 1e-3, 40, muon_lr=0.02, eval_every=200, eval_tokens=20_480),
-    "small": Recipe(500, 8_192, 16, 2e-3, 50, eval_every=50, eval_tokens=16_384),
+    "small": Recipe(500, 8_192, 16, 2e-3, 50, eval_every=50, eval_tokens=20_480),
     # GPT-3's recipe: 19,073 steps of 524,288 tokens are 10.0 B, 715 of them 375 M
     "gpt2": Recipe(19_073, 524_288, 16, 6e-4, 715),
     "gpt2-medium": Recipe(19_073, 524_288, 8, 3e-4, 715),
@@ -1524,11 +1524,12 @@ def finish(run, model, tokenizer):
         tokens = [tokenizer.eot_token, *tokenizer.encode_ordinary(prompt)]
         idx = torch.tensor([tokens], device=device)
         length = min(model.config.block_size - len(tokens), 200)
-        sampling = {"temperature": 0.8, "top_k": 50}
+        sampling = {"temperature": 0.8, "top_k": 50, "stop": tokenizer.eot_token}
         sampling["generator"] = torch.Generator(device).manual_seed(0)
         with autocast(device):
             row = generate(model, idx, length, **sampling)[0, 1:]
-        texts.append(f"--- {tokenizer.decode(row.tolist(), errors='replace')}\n")
+        text = tokenizer.decode(row.tolist(), errors="replace").removesuffix(fineweb.EOT)
+        texts.append(f"--- {text}\n")
     with fineweb.atomic_write(run.out / "samples.txt", "w") as file:  # its end: the run is finished
         file.writelines(texts)
     print("".join(texts))
