@@ -43,21 +43,7 @@ import coco_eval
 import fineweb
 import train_gpt2
 from fineweb import UserError, number
-from train_gpt2 import (
-    MLP,
-    KVCache,
-    Recipe,
-    Run,
-    attention,
-    autocast,
-    get_lr,
-    pick_device,
-    rank,
-    rank_zero_first,
-    set_lr,
-    train_step,
-    world_size,
-)
+from train_gpt2 import MLP, KVCache, Recipe, Run, attention, autocast, get_lr, pick_device, rank
 
 # -----------------------------------------------------------------------------
 # 1. The image encoder: what CLIP sees, as tokens
@@ -82,29 +68,26 @@ class ImageEncoder:
         """Prepared pictures (B, 3, H, W) to class token and patches in reading order, (B, S, D)."""
         device = pick_device()
         last_but_one = len(self.visual.transformer.resblocks) - 2
+        options = {"indices": [last_but_one], "stop_early": True, "intermediates_only": True}
+        options |= {"output_fmt": "NLC", "output_extra_tokens": True}
         with autocast(device):
-            found = self.visual.forward_intermediates(
-                images.to(device), indices=[last_but_one], stop_early=True,
-                intermediates_only=True, output_fmt="NLC", output_extra_tokens=True)
-        class_token = found["image_intermediates_prefix"][0]
-        return torch.cat([class_token, found["image_intermediates"][0]], dim=1).float()
-
-    def prepare(self, images):
-        return torch.stack([self.preprocess(image) for image in images])
+            out = self.visual.forward_intermediates(images.to(device), **options)
+        class_token = out["image_intermediates_prefix"][0]
+        return torch.cat([class_token, out["image_intermediates"][0]], dim=1).float()
 
 
-def pool_tokens(tokens, grid=(4, 8)):
+def pool_tokens(tokens, grid="4x8"):
     """Average the square of patches to a grid: (B, 1 + n * n, D) to (B, 1 + rows * columns, D).
 
     256 patches to 4 x 8 make a sequence eight times shorter, and a cache of 8 GB instead of 65.
     """
     B, S, D = tokens.shape
     side = math.isqrt(S - 1)
-    if side % grid[0] or side % grid[1]:
-        reason = f"{grid[0]}x{grid[1]} does not divide {side}x{side} patches"
-        raise UserError(f"{reason}: choose another --grid-size")
+    rows, columns = map(int, grid.split("x"))
+    if side % rows or side % columns:
+        raise UserError(f"--grid-size {grid} does not divide {side}x{side} patches: use another")
     square = tokens[:, 1:].transpose(1, 2).view(B, D, side, side)
-    pooled = F.avg_pool2d(square, (side // grid[0], side // grid[1]))  # (B, D, rows, columns)
+    pooled = F.avg_pool2d(square, (side // rows, side // columns))  # (B, D, rows, columns)
     return torch.cat([tokens[:, :1], pooled.flatten(2).transpose(1, 2)], dim=1)
 
 
@@ -442,7 +425,7 @@ def get_micro_batches(train_set, captioner, recipe, seed, step):
     def targets(pictures):
         return sum(len(tokens) + 1 for i in pictures for tokens in train_set.captions[i])
 
-    mine = np.array_split(chosen, world_size())[rank()]
+    mine = np.array_split(chosen, train_gpt2.world_size())[rank()]
     batches = []
     for part in np.array_split(mine, math.ceil(len(mine) / recipe.micro_batch)):
         packed = captioner.pack([train_set.captions[i] for i in part])
@@ -471,16 +454,18 @@ def train(name, setup, args, blind=False):
     if run.step >= recipe.max_steps:
         return out
     parameters = sum(p.numel() for p in captioner.bridge.parameters())
-    print(f"bridge     {name}{', blind' if blind else ''}: {parameters:,} trainable parameters, "
-          f"{recipe.max_steps:,} steps of {recipe.batch_size} pictures, in {out}", flush=True)
+    steps = f"{recipe.max_steps:,} steps of {recipe.batch_size} pictures"
+    print(f"bridge     {out}: {parameters:,} trainable parameters, {steps}", flush=True)
     parallel = train_gpt2.parallelize(captioner, device, compile=False)
     get_batches = functools.partial(get_micro_batches, train_set, captioner, recipe, args.seed)
     captions_a_step = recipe.batch_size * sum(map(len, train_set.captions)) / len(train_set)
     with run:
-        for step, micro_batches in train_gpt2.prefetch(get_batches, run.step, recipe.max_steps):
+        batches = train_gpt2.prefetch(get_batches, run.step, recipe.max_steps)
+        for step, micro_batches in batches:
             lr = get_lr(step, recipe)
-            set_lr(optimizer, lr)
-            loss, norm = train_step(parallel, optimizer, micro_batches, recipe.grad_clip, device)
+            train_gpt2.set_lr(optimizer, lr)
+            clip = recipe.grad_clip
+            loss, norm = train_gpt2.train_step(parallel, optimizer, micro_batches, clip, device)
             run.count_step(loss, norm)
             stop = run.stop_requested()
             is_eval_step = run.step % recipe.eval_every == 0 or run.step == recipe.max_steps
@@ -517,12 +502,12 @@ def choose_recipe(name, setup, pictures, args):
         steps = round(args.epochs * pictures / batch)
     steps = args.max_steps or max(steps, 1)
     lr = LEARNING_RATES[name][0 if setup.toy else 1]
-    recipe = Recipe(
-        steps, batch, batch, lr, max(1, round(0.03 * steps)), min_lr_ratio=0.0, weight_decay=0.01,
-        eval_every=max(1, steps // 10))
-    recipe = train_gpt2.with_flags(recipe, args)
-    if recipe.batch_size < world_size():
-        raise UserError(f"--batch {recipe.batch_size} is less than {world_size()} processes")
+    warmup = max(1, round(0.03 * steps))
+    options = {"min_lr_ratio": 0.0, "weight_decay": 0.01, "eval_every": max(1, steps // 10)}
+    recipe = train_gpt2.with_flags(Recipe(steps, batch, batch, lr, warmup, **options), args)
+    processes = train_gpt2.world_size()
+    if recipe.batch_size < processes:
+        raise UserError(f"--batch {recipe.batch_size} is less than {processes} processes: raise it")
     return recipe
 
 
@@ -614,8 +599,8 @@ def ask_facts(pictures, tokenizer, answer):
 
 def bridge_facts(captioner, pictures, tokenizer):
     """ask_facts() of captions of a PictureSet."""
-    answer = functools.partial(
-        write_all_captions, captioner, pictures, tokenizer, max_new_tokens=8)
+    options = {"max_new_tokens": 8}
+    answer = functools.partial(write_all_captions, captioner, pictures, tokenizer, **options)
     return ask_facts(pictures.pictures, tokenizer, answer)
 
 
@@ -682,8 +667,8 @@ def evaluate(out, setup, args, beam=None):
         row["facts, unseen pairs"] = bridge_facts(captioner, unseen, tokenizer)
     if rank() == 0:
         write_scores(Path(out), seen.pictures, texts, row | scores, "_beam" if beam else "")
-    print(f"{len(seen)} validation pictures of {setup.data}, {decoding}: "
-          f"{row['nats a caption']:.2f} nats a caption, shuffled {row['shuffled']:.2f}")
+    losses = f"{row['nats a caption']:.2f} nats a caption, shuffled {row['shuffled']:.2f}"
+    print(f"{len(seen)} validation pictures of {setup.data}, {decoding}: {losses}")
     print(coco_eval.table(scores, len(seen)))
     for kind in ("facts", "facts, shuffled", "facts, unseen pairs"):
         if kind in row:
@@ -695,6 +680,7 @@ def evaluate(out, setup, args, beam=None):
 
 
 def beam_options(args):
+    """The arguments of beam_search() that the flags give."""
     penalty = 1.0 if args.length_penalty is None else args.length_penalty
     return {"beams": args.beam, "length_penalty": penalty}
 
@@ -744,13 +730,14 @@ def compare(setup, args):
         best, best_blind = (min(row["val_val"] for row in log if "val_val" in row) for log in logs)
         rows[name] = evaluate(out, setup, args) | {"seconds": logs[0][-1]["seconds"]}
         rows[name]["blind"] = rows[name]["nats a caption"] * best_blind / best
+    pictures = load_pictures(setup, "val", args).pictures
     if rank() > 0:
         return
     folder = Path(args.out or f"runs/{setup.name}-compare")
     folder.mkdir(parents=True, exist_ok=True)
     curves = dict(sorted(curves.items(), key=lambda item: "blind" in item[0]))
     train_gpt2.draw_curves(folder / "curves.png", {"validation loss, nats per token": curves})
-    table = "\n".join(comparison(rows, setup, load_pictures(setup, "val", args).pictures))
+    table = "\n".join(comparison(rows, setup, pictures))
     with fineweb.atomic_write(folder / "table.md", "w") as file:
         file.write(table + "\n")
     print(f"\n{table}\n\n{folder} has table.md and curves.png")
@@ -765,7 +752,7 @@ def comparison(rows, setup, pictures):
     for key, form in numbers.items():
         if key in rows["linear"]:
             yield f"| {key} | {' | '.join(format(row[key], form) for row in rows.values())} | |"
-    if "facts" in rows["linear"]:
+    if "facts" in rows["linear"] and setup.tokenizer.name == "tiny":
         upper = map_facts(setup, [picture for picture in pictures if not held_out(picture)])
         for fact, share in upper.items():
             cells = []
@@ -826,7 +813,8 @@ def sample(args):
                 print(f"error: {error}", file=sys.stderr)
         if not images:
             continue
-        vision = pool_tokens(setup.encoder(setup.encoder.prepare(images.values())), grid_of(args))
+        batch = torch.stack([setup.encoder.preprocess(image) for image in images.values()])
+        vision = pool_tokens(setup.encoder(batch), args.grid_size)
         caption = functools.partial(write_captions, captioner, vision, setup.tokenizer, **options)
         draws = [caption() for _ in range(args.num or 1)]
         for i, (path, image) in enumerate(images.items()):
@@ -865,24 +853,20 @@ CHUNK = 512  # pictures in a file
 CLIP_BATCH = 64
 
 
-def grid_of(args):
-    rows, columns = args.grid_size.split("x")
-    return int(rows), int(columns)
-
-
 def load_pictures(setup, split, args):
     """The PictureSet of a split, without the pictures that cannot be read."""
     pictures = coco_eval.read_dataset(setup.data, split)
-    with rank_zero_first():
-        features = cached_features(setup.encoder, pictures, grid_of(args), setup.name)
+    with train_gpt2.rank_zero_first():
+        features = cached_features(setup.encoder, pictures, args.grid_size, setup.name)
     rows = np.flatnonzero(np.concatenate([~np.isnan(chunk[:, 0, 0]) for chunk in features]))
     if not len(rows):
         raise UserError(f"no picture of {setup.data} ({split}) can be read: check the folder")
     pictures = [pictures[i] for i in rows]
     encode = setup.tokenizer.encode_ordinary
+    longest = min(LONGEST, setup.decoder.config.block_size - 34)  # after a prefix of 33
     captions = []
     for picture in pictures:
-        captions.append([encode(clean_caption(text))[:LONGEST] for text in picture["captions"]])
+        captions.append([encode(clean_caption(text))[:longest] for text in picture["captions"]])
     return PictureSet(pictures, captions, features, rows)
 
 
@@ -902,8 +886,8 @@ def cached_features(encoder, pictures, grid, name):
     missing = [i for i, path in enumerate(paths) if not path.exists()]
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # they decode pictures
         for i in tqdm(missing, desc=f"vision tokens, {CHUNK} pictures a step", disable=None):
-            images = threads.map(functools.partial(prepared, encoder),
-                                 pictures[i * CHUNK : (i + 1) * CHUNK])
+            chunk = pictures[i * CHUNK : (i + 1) * CHUNK]
+            images = threads.map(functools.partial(prepared, encoder), chunk)
             features = []
             while batch := list(itertools.islice(images, CLIP_BATCH)):
                 batch = torch.stack(batch)
@@ -927,13 +911,10 @@ def prepared(encoder, picture):
 # -----------------------------------------------------------------------------
 # Appendix B: the toy setup and the full one
 
-TOY_CLIP = {
-    "embed_dim": 64,
-    "quick_gelu": True,
-    "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 96, "layers": 3, "head_width": 32,
-                   "pool_type": "avg"},
-    "text_cfg": {"context_length": 32, "vocab_size": 431, "width": 64, "heads": 2, "layers": 2},
-}
+VISION = {"image_size": 64, "patch_size": 8, "width": 96, "layers": 3, "head_width": 32}
+VISION["pool_type"] = "avg"
+TEXT = {"context_length": 32, "vocab_size": 431, "width": 64, "heads": 2, "layers": 2}
+TOY_CLIP = {"embed_dim": 64, "quick_gelu": True, "vision_cfg": VISION, "text_cfg": TEXT}
 
 
 @dataclass
@@ -964,7 +945,7 @@ def open_setup(args):
         if lm == "runs/tiny/ckpt.pt" and not train_gpt2.is_finished("runs/tiny"):
             print("missing    the decoder: python train_gpt2.py --preset tiny", flush=True)
             train_gpt2.main(["--preset", "tiny"])  # on all ranks
-        with rank_zero_first():
+        with train_gpt2.rank_zero_first():
             make_toy_setup(data, clip)
     else:
         data = Path(args.data or coco)
@@ -972,7 +953,7 @@ def open_setup(args):
         own = train_gpt2.is_finished("runs/gpt2")
         lm = args.lm or ("runs/gpt2/ckpt.pt" if own else "gpt2")
         print(f"setup      decoder {lm}, CLIP {clip}, pictures {data}", flush=True)
-    with rank_zero_first():
+    with train_gpt2.rank_zero_first():
         decoder, tokenizer, checkpoint = train_gpt2.load_model(lm)
         name = f"{checkpoint.get('run', {}).get('preset', Path(lm).name)} {fingerprint(decoder)}"
         encoder = load_clip(clip)
@@ -1050,7 +1031,7 @@ def train_clip(data, path, seed=0):
     contrastive_loss = open_clip.ClipLoss()
     bar = tqdm(range(recipe.max_steps), desc="toy CLIP", disable=None)
     for step in bar:
-        set_lr(optimizer, get_lr(step, recipe))
+        train_gpt2.set_lr(optimizer, get_lr(step, recipe))
         chosen = train_gpt2.step_indices(seed, step, recipe.batch_size, len(pictures))
         with autocast(device):
             loss = contrastive_loss(*model(images[chosen].to(device), texts[chosen].to(device)))
@@ -1080,6 +1061,7 @@ def clip_texts(captions, length=32):
 
 
 def main():
+    """The commands at the top of this file."""
     parser = fineweb.ArgumentParser(__doc__)
     positive = number(int, 1)
     group = parser.add_argument_group("what to do (default: train --bridge and score it)")
@@ -1091,8 +1073,8 @@ def main():
     group.add_argument("--data", metavar="DIR", help="pictures in COCO's layout (data/coco)")
     group.add_argument("--lm", metavar="CKPT", help="the decoder, as train_gpt2.py --ckpt names it")
     group.add_argument("--clip", help="NAME/TAG of open_clip (default: ViT-L-14-quickgelu/openai)")
-    group.add_argument("--grid-size", default="4x8", choices=("4x8", "8x8", "16x16"),
-                       help="of the vision tokens (default: %(default)s)")
+    grids = ("4x8", "8x8", "16x16")
+    group.add_argument("--grid-size", default="4x8", choices=grids, help="of vision tokens (4x8)")
     group = parser.add_argument_group("training")
     group.add_argument("--out", metavar="DIR", help="the run (default: runs/<setup>-<bridge>)")
     group.add_argument("--epochs", type=positive, help="passes over the pictures")

@@ -166,6 +166,7 @@ def rouge_l(references, candidates):
 
 
 def rouge_l_picture(references, candidate):
+    """The F of one picture."""
     precision = 0.0
     recall = 0.0
     for reference in references:
@@ -328,10 +329,12 @@ def meteor_statistics(reference, candidate):
 
 
 def weight(word):
+    """Of a word in METEOR's matches and lengths."""
     return 1 - DELTA if word in FUNCTION_WORDS else DELTA
 
 
 def meteor_score(statistics):
+    """The formula of meteor() on what meteor_statistics() gives, or on sums of it."""
     matched_c, length_c, matched_r, length_r, matches, chunks = statistics
     if not matches:
         return 0.0
@@ -474,6 +477,7 @@ def caption_pairs(entries, path):
 
 
 def is_id(value):
+    """Whether this can be the id of a picture: an integer or a string."""
     return isinstance(value, (int, str)) and not isinstance(value, bool)
 
 
@@ -591,13 +595,10 @@ def to_eight_bits(image):
 # five captions
 
 HOST = "https://s3.amazonaws.com/images.cocodataset.org"  # the site's own certificate is wrong
-ARCHIVES = (  # the folder in it, the archive, its bytes, its MD5
-    (
-        "annotations", "annotations/annotations_trainval2017.zip",
-        252_907_541, "f4bbac642086de4f52a3fdda2de5fa2c",
-    ),
-    ("val2017", "zips/val2017.zip", 815_585_330, "442b8da7639aecaf257c1dceb8ba8c80"),
-    ("train2017", "zips/train2017.zip", 19_336_861_798, "cced6f7f71b7629ddf16f17bbcfab6b2"),
+ARCHIVES = (  # the folder that is in it, its bytes, its MD5
+    ("annotations", 252_907_541, "f4bbac642086de4f52a3fdda2de5fa2c"),
+    ("val2017", 815_585_330, "442b8da7639aecaf257c1dceb8ba8c80"),
+    ("train2017", 19_336_861_798, "cced6f7f71b7629ddf16f17bbcfab6b2"),
 )
 
 
@@ -608,8 +609,11 @@ def download_coco(folder, val_only=False):
     disk for a while, 20 GB in the end. val_only: the annotations and 5,000 pictures, 1.1 GB.
     """
     folder = Path(folder)
-    for name, address, size, digest in ARCHIVES[:2] if val_only else ARCHIVES:
+    for name, size, digest in ARCHIVES[:2] if val_only else ARCHIVES:
         if not (folder / name).exists():
+            address = f"zips/{name}.zip"
+            if name == "annotations":
+                address = "annotations/annotations_trainval2017.zip"
             archive = folder / Path(address).name
             part = folder / (archive.name + ".part")
             done = part.stat().st_size if part.exists() else 0
@@ -642,10 +646,7 @@ TOY_GENERATOR = "coco_eval.py --make-shapes"
 TRAIN_IMAGES = 6_000
 VAL_IMAGES = 500
 HELD_OUT_IMAGES = 250  # more for validation, with pairs of color and shape that training has not
-PAINT = {
-    "red": (226, 62, 56), "green": (58, 178, 88), "blue": (66, 118, 238),
-    "yellow": (250, 208, 52), "pink": (248, 142, 190), "white": (246, 246, 240),
-}
+PAINT = dict(zip(COLORS, "#e23e38 #3ab258 #4276ee #fad034 #f88ebe #f6f6f0".split(), strict=True))
 
 
 def draw_scene(scene, rng, size=64):
@@ -665,6 +666,7 @@ def draw_scene(scene, rng, size=64):
 
 
 def draw_shape(draw, shape, x, y, r, paint):
+    """A shape of radius r around (x, y)."""
     if shape == "circle":
         draw.ellipse((x - r, y - r, x + r, y + r), paint)
     elif shape == "square":
@@ -757,9 +759,6 @@ def questions(scene, rng):
 # -----------------------------------------------------------------------------
 # Command line
 
-COLUMNS = ("CIDEr", "METEOR", "BLEU-4", "ROUGE-L")
-
-
 def table(scores, of):
     """A system's scores as lines: the corpus, and mean ± standard deviation over pictures."""
     lines = [f"{'':22} corpus    over pictures"]
@@ -773,12 +772,11 @@ def table(scores, of):
 
 def ranking(systems, of):
     """Several systems' scores as lines, the best CIDEr first. systems: {name: evaluate(...)}."""
-    width = max(map(len, systems))
-    lines = [" " * width + "".join(f"  {metric:>8}" for metric in COLUMNS) + "  pictures"]
+    lines = [f"   CIDEr   METEOR   BLEU-4  ROUGE-L  pictures ({METEOR_NAME})"]
     for name, scores in sorted(systems.items(), key=lambda item: -item[1]["corpus"]["CIDEr"]):
-        numbers = "".join(f"  {scores['corpus'][metric]:8.4f}" for metric in COLUMNS)
-        lines.append(f"{name:{width}}{numbers}  {len(scores['per_image']):6,} of {of:,}")
-    lines.append(f"METEOR is {METEOR_NAME}")
+        metrics = [scores["corpus"][key] for key in ("CIDEr", "METEOR", "BLEU-4", "ROUGE-L")]
+        numbers = "".join(f"{value:8.4f} " for value in metrics)
+        lines.append(f"{numbers} {len(scores['per_image']):,} of {of:,}  {name}")
     if len({frozenset(map(str, scores["per_image"])) for scores in systems.values()}) > 1:
         lines.append("they were scored on different pictures: their CIDEr cannot be compared")
     return "\n".join(lines)
@@ -799,6 +797,7 @@ def score_files(references_path, results_paths, out):
 
 
 def main():
+    """The commands at the top of this file."""
     parser = fineweb.ArgumentParser(__doc__)
     parser.add_argument("--references", metavar="FILE", help="annotations in COCO's format")
     parser.add_argument("--results", nargs="+", metavar="FILE", help="captions, of several systems")

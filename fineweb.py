@@ -64,22 +64,20 @@ def get_tokenizer(name):
     for word in [*SCENE_WORDS, "."]:
         pieces += [piece.encode() for piece in (word, f" {word}") if len(piece) > 1]
     ranks = {piece: rank for rank, piece in enumerate(pieces)}
-    return tiktoken.Encoding("tiny", pat_str=r" ?[A-Za-z]+(?:-[A-Za-z]+)?| ?\.|[\s\S]",
-                             mergeable_ranks=ranks, special_tokens={EOT: len(pieces)})
+    pattern = r" ?[A-Za-z]+(?:-[A-Za-z]+)?| ?\.|[\s\S]"
+    special = {EOT: len(pieces)}
+    return tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 def encode_document(text, tokenizer):
     """<|endoftext|> and the tokens of one document, uint16.
 
-    "<|endoftext|>" within the text is plain text. Runs of blanks are encoded by the thousand,
-    because tiktoken fails at a million of them.
+    "<|endoftext|>" within the text is plain text. Runs of whitespace are encoded by the thousand,
+    because tiktoken fails at a million.
     """
     tokens = [tokenizer.eot_token]
-    try:
-        for piece in re.split(r"(\s{1000})", text):
-            tokens += tokenizer.encode_ordinary(piece)
-    except UnicodeEncodeError:
-        raise UserError(f"{text[:40]!r}... is not Unicode text: save it as UTF-8") from None
+    for piece in re.split(r"(\s{1000})", text):
+        tokens += tokenizer.encode_ordinary(piece)
     return np.array(tokens, dtype=np.uint16)
 
 
@@ -158,12 +156,7 @@ def fetch_fineweb(tokens, folder):
     missing = [name for name in names if not (folder / name).exists()]
     require_space(folder, len(missing) * (HEADER_BYTES + 2 * SHARD_TOKENS))
     for name in missing:
-        path = hub_download(FINEWEB_REPO, name, repo_type="dataset", local_dir=folder)
-        try:
-            read_shard(path)
-        except UserError:
-            path.unlink()
-            raise
+        hub_download(FINEWEB_REPO, name, repo_type="dataset", local_dir=folder)
     write_tokens_info(folder, "gpt2", f"FineWeb-Edu, {FINEWEB_REPO}")
     print(f"{len(names)} shards are in {folder}")
 
@@ -177,7 +170,8 @@ def read_documents(paths):
 
     Raises UserError, naming the place, for bytes that are not UTF-8 and an entry without "text".
     """
-    readers = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
+    readers = {".jsonl": read_jsonl, ".parquet": read_parquet}
+    readers[".txt"] = lambda path: [path.read_bytes().decode("utf-8-sig")]  # line ends stay
     for path in map(Path, paths):
         if path.suffix.lower() not in readers:
             raise UserError(f"{path} is not .txt, .jsonl or .parquet: convert or rename it")
@@ -187,15 +181,12 @@ def read_documents(paths):
                     raise UserError(f'{path}: document {number} has no "text": correct it')
                 if text:
                     yield text
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 (byte {error.start:,}): convert it") from None
-
-
-def read_txt(path):
-    return [path.read_bytes().decode("utf-8-sig")]  # bytes: line ends stay as they are
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is not UTF-8: convert it") from None
 
 
 def read_jsonl(path):
+    """Yield "text" of each line."""
     with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -206,6 +197,7 @@ def read_jsonl(path):
 
 
 def read_parquet(path):
+    """Yield the column "text"."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -218,72 +210,44 @@ def read_parquet(path):
         raise UserError(f'{path} is not parquet with a column "text": make it again') from None
 
 
-def split_documents(documents, val_fraction):
-    """Yield (text, is_val): val_fraction of the characters is for validation, up to one document.
-
-    A corpus of fewer than 1 / val_fraction documents, a book for instance, gives its end.
-    """
-    documents = iter(documents)
-    few = math.ceil(1 / val_fraction)
-    first = list(itertools.islice(documents, few))
-    if len(first) < few:
-        wanted = int(sum(map(len, first)) * (1 - val_fraction))  # characters for training
-        for text in first:
-            cut = max(wanted, 0)
-            if cut < len(text):  # between two words, if there is a blank
-                cut = max(text.rfind("\n", 0, cut), text.rfind(" ", 0, cut)) + 1 or cut
-            yield text[:cut], False
-            yield text[cut:], True
-            wanted -= len(text)
-        return
-    total = 0
-    val = 0
-    for text in itertools.chain(first, documents):
-        is_val = val < total * val_fraction
-        total += len(text)
-        val += len(text) * is_val
-        yield text, is_val
-
-
 def text_to_shards(paths, folder, val_fraction=0.01, shard_tokens=SHARD_TOKENS):
     """Tokenize documents with GPT-2's vocabulary, on all cores, into a new folder of shards.
 
+    The last val_fraction of the tokens is for validation, be they a corpus or a single book.
     Returns the numbers of tokens for training and validation. The folder appears when it is whole.
     """
     folder = Path(folder).resolve()
     get_tokenizer("gpt2")  # fails here, before any work
-    counts = []
     with new_folder(folder) as building:
-        raw = [building / "train", building / "val"]  # the tokens, before they are cut into shards
-        with open(raw[0], "wb") as train, open(raw[1], "wb") as val:
-            for tokens, is_val in encode_all(split_documents(read_documents(paths), val_fraction)):
-                (val if is_val else train).write(tokens.tobytes())
-        for path, first_number in zip(raw, (1, 0), strict=True):
-            if path.stat().st_size < 4:
-                raise UserError("there is too little text: name files that have some")
-            tokens = np.memmap(path, dtype=np.uint16, mode="r")
-            for i, begin in enumerate(range(0, len(tokens), shard_tokens), first_number):
-                shard = building / f"{folder.name}_{path.name}_{i:06d}.bin"
-                write_shard(shard, tokens[begin : begin + shard_tokens])
-            counts.append(len(tokens))
-            path.unlink()
+        raw = building / "tokens"  # before they are cut into shards
+        with open(raw, "wb") as file:
+            for tokens in encode_all(read_documents(paths)):
+                file.write(tokens.tobytes())
+        count = raw.stat().st_size // 2
+        val_count = round(count * val_fraction)
+        if val_count < 2:
+            raise UserError("there is too little text: name files that have more")
+        tokens = np.memmap(raw, dtype=np.uint16, mode="r")
+        border = count - val_count
+        for i, begin in enumerate(range(0, border, shard_tokens), 1):
+            shard = building / f"{folder.name}_train_{i:06d}.bin"
+            write_shard(shard, tokens[begin : min(begin + shard_tokens, border)])
+        write_shard(building / f"{folder.name}_val_000000.bin", tokens[border:])
+        raw.unlink()
         write_tokens_info(building, "gpt2", "own text")
-    print(f"{counts[0]:,} tokens for training, {counts[1]:,} for validation in {folder.name}")
-    return counts
+    print(f"{border:,} tokens for training, {val_count:,} for validation in {folder.name}")
+    return border, val_count
 
 
 def encode_all(documents):
-    """Yield (tokens, is_val) of (text, is_val), in order, a thousand documents at a time."""
+    """Yield the tokens of each document, in order; a thousand documents are in memory at a time."""
     ignore_ctrl_c = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
     bar = tqdm(unit=" tokens", unit_scale=True, disable=None)
     with multiprocessing.Pool(**ignore_ctrl_c) as pool, bar:
         while batch := list(itertools.islice(documents, 1000)):
-            texts = [text for text, _ in batch]
-            encoded = pool.imap(encode_for_gpt2, texts, chunksize=math.ceil(len(texts) / 64))
-            for tokens, (text, is_val) in zip(encoded, batch, strict=True):
+            for tokens in pool.imap(encode_for_gpt2, batch, math.ceil(len(batch) / 64)):
                 bar.update(len(tokens))
-                if text:
-                    yield tokens, is_val
+                yield tokens
 
 
 def encode_for_gpt2(text):
@@ -388,17 +352,13 @@ def captions(scene, rng):
     ]
 
 
-def map_word(thing):
-    """ "red-circle", or "RED-CIRCLE" if it is large """
-    word = f"{thing['color']}-{thing['shape']}"
-    return word.upper() if thing["size"] == "large" else word
-
-
 def scene_map(scene):
     """The scene as 32 words, two for each cell in reading order: the object in it, or "."."""
     words = ["."] * (GRID * GRID)
     for thing in scene["objects"]:
-        words[thing["row"] * GRID + thing["col"]] = map_word(thing)
+        word = f"{thing['color']}-{thing['shape']}"
+        word = word.upper() if thing["size"] == "large" else word
+        words[thing["row"] * GRID + thing["col"]] = word
     return "".join(f" {word} {word}" for word in words)
 
 
@@ -420,7 +380,7 @@ SCENE_WORDS = {*COLORS, *SHAPES, *SIZES, *NUMBERS.values(), *MAP_WORDS, *OTHER_W
 SCENE_WORDS = sorted(SCENE_WORDS | {word.upper() for word in MAP_WORDS})
 
 TOY_BLOCK = 64  # tokens of context of the preset `tiny`
-TOY_SCENE_BLOCKS = 33_200  # five sixths of the text; the rest is English
+TOY_SCENE_BLOCKS = 29_800  # five sixths of the text; the rest is English
 
 
 def make_toy_text(folder):
@@ -477,6 +437,7 @@ def token_count(text):
 
 
 def main():
+    """The commands at the top of this file."""
     parser = ArgumentParser(__doc__)
     parser.add_argument("--tokens", type=token_count, help="how much of FineWeb-Edu (default: 10B)")
     parser.add_argument("--text", nargs="+", metavar="FILE", help="tokenize these files instead")

@@ -91,6 +91,8 @@ def subset(examples, limit):
 
 @dataclass
 class Item:
+    """An example as the model sees it."""
+
     context: list[int]  # token ids
     endings: list[list[int]]  # of each of the four
     lengths: list[int]  # of each ending, by which its loss is divided for acc_norm
@@ -152,6 +154,7 @@ def report(scores, notes=()):
 
 
 def main():
+    """The command at the top of this file."""
     parser = fineweb.ArgumentParser(__doc__)
     parser.add_argument("file", nargs="?", help="another file of items")
     args = parser.parse_args()

@@ -37,7 +37,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn as nn
-from PIL import Image
+from PIL import Image, ImageColor
 from torch.nn import functional as F
 
 import caption
@@ -342,11 +342,8 @@ def test_fineweb_shards_come_from_the_hub(server, tmp_path):
     assert fineweb.read_tokens_info(tmp_path / "edu")["tokenizer"] == "gpt2"
     asked = len(server.ranges)
     assert run(*command, env=env).returncode == 0 and len(server.ranges) == asked
-    address = f"/datasets/{fineweb.FINEWEB_REPO}/resolve/main/finewebedu_train_000003.bin"
-    server.files[address] = b"no shard"
     process = run("fineweb.py", "--tokens", "300M", "--out", tmp_path / "edu", env=env)
-    assert_error(process, "finewebedu_train_000003.bin is not a shard")
-    assert not (tmp_path / "edu/finewebedu_train_000003.bin").exists()
+    assert_error(process, "finewebedu_train_000003.bin cannot be downloaded")
 
 
 def test_no_network_is_one_line(tmp_path):
@@ -370,18 +367,16 @@ def test_own_text_becomes_shards_byte_for_byte(tmp_path):
     (tmp_path / "odd.TXT").write_bytes(b"\xef\xbb\xbf" + odd.encode())  # a byte order mark
     paths = [source, tmp_path / "odd.TXT"]
     counts = fineweb.text_to_shards(paths, tmp_path / "own", val_fraction=0.1, shard_tokens=20_000)
+    paths = sorted((tmp_path / "own").glob("own_train_*")) + [tmp_path / "own/own_val_000000.bin"]
+    shards = [fineweb.read_shard(path) for path in paths]
+    assert all(len(shard) == 20_000 for shard in shards[:-2])
+    assert counts == (sum(map(len, shards[:-1])), len(shards[-1]))
+    assert counts[1] / sum(counts) == pytest.approx(0.1, rel=1e-3)
     tokenizer = fineweb.get_tokenizer("gpt2")
-    documents = []
-    for split, total in zip(("train", "val"), counts, strict=True):
-        paths = sorted((tmp_path / "own").glob(f"own_{split}_*"))
-        shards = [fineweb.read_shard(path) for path in paths]
-        assert all(len(shard) == 20_000 for shard in shards[:-1])
-        assert sum(map(len, shards)) == total
-        pieces = " ".join(map(str, np.concatenate(shards))).split("50256")[1:]
-        documents += [tokenizer.decode(list(map(int, piece.split()))) for piece in pieces]
+    pieces = " ".join(map(str, np.concatenate(shards))).split("50256")[1:]
+    documents = [tokenizer.decode(list(map(int, piece.split()))) for piece in pieces]
     expected = [json.loads(line)["text"] for line in open(source, encoding="utf-8")] + [odd]
-    assert sorted(documents) == sorted(expected)
-    assert counts[1] / sum(counts) == pytest.approx(0.1, abs=0.02)
+    assert documents == expected
     with pytest.raises(UserError, match="not empty"):
         fineweb.text_to_shards([source], tmp_path / "own")
     script = "import multiprocessing as m, fineweb; m.set_start_method('spawn'); fineweb.main()"
@@ -389,8 +384,7 @@ def test_own_text_becomes_shards_byte_for_byte(tmp_path):
     command += ["--val-fraction", "0.1", "--out", tmp_path / "spawned"]
     subprocess.run(command, cwd=HERE, check=True, timeout=120)  # as on macOS and Windows
     spawned = fineweb.read_shard(tmp_path / "spawned/spawned_train_000001.bin")
-    paths = sorted((tmp_path / "own").glob("*train*"))
-    assert np.array_equal(spawned, np.concatenate([fineweb.read_shard(path) for path in paths]))
+    assert np.array_equal(spawned, np.concatenate(shards[:-1]))
 
 
 @real_data
@@ -413,26 +407,15 @@ def test_parquet_and_lines_give_the_same_shards(tmp_path):
             list(fineweb.read_documents([tmp_path / "docs.parquet"]))
 
 
+@real_data
 @pytest.mark.parametrize(
-    "documents, val_fraction",
-    [(["line of a book\n" * 3000] * 3, 0.1), (["word " * 400] * 50, 0.01),
-     (["Recipe 1\n" + "word " * 400] * 50, 0.01), (["x" * 5000], 0.01),
-     (["short one"] * 999 + ["a long one " * 500], 0.02)])
-def test_the_share_for_validation_is_what_was_asked_for(documents, val_fraction):
-    """Few or long documents that give validation far more or far less than its share."""
-    sizes = {False: 0, True: 0}
-    texts = {False: "", True: ""}
-    for text, is_val in fineweb.split_documents(documents, val_fraction):
-        sizes[is_val] += len(text)
-        texts[is_val] += text
-    total = sum(map(len, documents))
-    assert sum(sizes.values()) == total
-    longest = max(map(len, documents)) if len(documents) > 1 else 0
-    error = abs(sizes[True] - val_fraction * total)
-    assert error <= max(val_fraction * total / 5, longest) and sizes[True]
-    if len(documents) < 1 / val_fraction:  # the end of the text, cut between words
-        assert texts[False] + texts[True] == "".join(documents)
-        assert error <= val_fraction * total / 5 + 10
+    "documents", [["line of a book\n" * 3000], ["Recipe 1\n" + "word " * 400] * 50, ["x" * 5000]])
+def test_the_share_for_validation_is_what_was_asked_for(documents, tmp_path):
+    """One book, or a few lines, that give validation far more or far less than its share."""
+    lines = [json.dumps({"text": text}) for text in documents]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    train, val = fineweb.text_to_shards([tmp_path / "a.jsonl"], tmp_path / "out", 0.05)
+    assert val / (train + val) == pytest.approx(0.05, rel=0.02)
 
 
 def test_runs_of_blanks_are_encoded():
@@ -1030,7 +1013,7 @@ def test_many_such_losses_stop_the_run(tmp_path):
     for loss in [math.nan] * 9 + [1.0] + [math.inf] * 9:
         run.count_step(loss, 1.0)
     assert (run.skipped, run.step) == (18, 19)
-    with pytest.raises(UserError, match="10 steps in a row.*--lr.*ckpt.pt"):
+    with pytest.raises(UserError, match="10 steps in a row.*ckpt.pt.*--lr"):
         run.count_step(math.nan, 1.0)
 
 
@@ -1406,8 +1389,8 @@ def test_a_run_says_what_it_does_and_leaves_its_folder(whole):
     folder, output = whole
     names = {path.name for path in (folder / "run").iterdir()}
     assert names == {"ckpt.pt", "ckpt.prev.pt", "log.csv", "curves.png", "samples.txt"}
-    for words in ("data  ", "device  ", "858,880 parameters", "256 tokens", "english", "scenes",
-                  "bits a byte", "tokens/s", " GB", "--sample"):
+    for words in ("data  ", "model  ", "858,880 parameters", "256 for each step", "english",
+                  "scenes", "bits a byte", "tokens/s", "--sample"):
         assert words in output
     rows = train_gpt2.read_log(folder / "run/log.csv")
     assert [row["step"] for row in rows] == [1, 10, 20, 30, 40]
@@ -1417,8 +1400,7 @@ def test_a_run_says_what_it_does_and_leaves_its_folder(whole):
 
 
 @pytest.mark.parametrize("after, number", [
-    (20, signal.SIGKILL), (1, signal.SIGKILL), (20, signal.SIGTERM), (20, signal.SIGINT),
-    (20, signal.SIGHUP)])
+    (20, signal.SIGKILL), (20, signal.SIGTERM), (20, signal.SIGINT), (1, signal.SIGHUP)])
 def test_an_interrupted_run_ends_as_if_it_had_not_been(tiny, whole, tmp_path, after, number):
     """Exact resume, bit for bit, after any kind of end."""
     process = start("train_gpt2.py", *RUN_FLAGS, "--data", tiny, cwd=tmp_path)
@@ -1437,8 +1419,8 @@ def test_a_finished_run_says_so_and_refuses_another_recipe(tiny, whole):
     """A finished run that trains again, or a run that goes on with another seed or other data."""
     folder, _ = whole
     again = train(tiny, folder)
-    assert again.returncode == 0 and "is finished, --restart" in again.stdout
-    assert "step      " not in again.stdout.replace("step       256", "")
+    assert again.returncode == 0 and "it is finished, --restart" in again.stdout
+    assert "step     " not in again.stdout
     assert_error(train(tiny, folder, "--seed", 1), "seed 0, not 1")
     other = folder / "other"
     shutil.copytree(tiny, other, dirs_exist_ok=True)
@@ -1453,7 +1435,6 @@ def test_two_runs_into_one_folder_are_refused(tiny, tmp_path):
     (tmp_path / "run").mkdir()
     with fineweb.lock(tmp_path / "run"):
         assert_error(train(tiny, tmp_path), "another process is at work in run")
-    assert train(tiny, tmp_path, "--steps", 2).returncode == 0
 
 
 def test_checkpoints_that_cannot_be_read(tmp_path):
@@ -1532,7 +1513,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
 def test_sampling_from_the_command_line(whole):
     """--sample with odd prompts; a run's folder as --ckpt; validation data that is not there."""
     folder, _ = whole
-    for prompt in ("", "Ünïcode 日本語 🎈", "a red circle " * 100):
+    for prompt in ("Ünïcode 日本語 🎈", "a red circle " * 100):
         process = run("train_gpt2.py", "--sample", prompt, "--ckpt", "run", "--num", 2,
                       "--max-new-tokens", 80, "--top-k", 20, "--top-p", 0.9, cwd=folder)
         assert process.returncode == 0, process.stderr
@@ -1692,7 +1673,7 @@ def test_a_signal_to_one_process_stops_all_and_one_goes_on(tiny, tmp_path):
             command = ["pgrep", "-P", str(process.pid)]
             children = subprocess.run(command, capture_output=True, text=True).stdout.split()
             os.kill(int(children[1]), signal.SIGTERM)
-    assert process.wait(timeout=90) != 0 and "2 process" in output, output
+    assert process.wait(timeout=90) != 0 and "2 x CPU" in output, output
     assert "the same command goes on" in output
     stopped = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["step"]
     assert 20 < stopped < 200
@@ -1739,7 +1720,7 @@ for _ in range(3):
     value = loss()
     value.backward()
     times.append(time.time() - began)
-print(f"{way:28} {value.item():.4f} nats, peak{train_gpt2.peak_memory()}, {min(times):5.2f} s")
+print(f"{way:28} {value.item():.4f} nats, peak{train_gpt2.hardware_use(0)}, {min(times):5.2f} s")
 """
 
 
@@ -2186,7 +2167,8 @@ def test_toy_pictures_show_what_their_captions_say(shapes, tmp_path):
         for thing in picture["scene"]["objects"]:  # its color is in its cell
             y = 16 * thing["row"]
             x = 16 * thing["col"]
-            distance = np.abs(pixels[y : y + 16, x : x + 16] - coco_eval.PAINT[thing["color"]])
+            paint = ImageColor.getrgb(coco_eval.PAINT[thing["color"]])
+            distance = np.abs(pixels[y : y + 16, x : x + 16] - paint)
             assert (distance.max(-1) < 6).sum() > 20, thing
     coco_eval.make_shapes(tmp_path / "again", images=300)
     files = [path.relative_to(shapes) for path in (shapes / "train").iterdir()]
@@ -2255,10 +2237,10 @@ def test_coco_is_fetched_unpacked_and_left_alone(server, tmp_path, monkeypatch):
     body = {"annotations": archive({"annotations/captions_val2017.json": "{}"}),
             "val2017": archive(pictures), "train2017": archive({"train2017/1.jpg": BODY[:100]})}
     archives = []
-    for name, address, _, _ in coco_eval.ARCHIVES:
-        digest = hashlib.md5(body[name]).hexdigest()
-        archives.append((name, address, len(body[name]), digest))
-        server.files[f"/{address}"] = body[name]
+    for name in body:
+        archives.append((name, len(body[name]), hashlib.md5(body[name]).hexdigest()))
+        address = "annotations/annotations_trainval2017" if name == "annotations" else f"zips/{name}"
+        server.files[f"/{address}.zip"] = body[name]
     monkeypatch.setattr(coco_eval, "HOST", server.address)
     monkeypatch.setattr(coco_eval, "ARCHIVES", archives)
     server.behave = ["", "break off", "503"]
@@ -2271,7 +2253,7 @@ def test_coco_is_fetched_unpacked_and_left_alone(server, tmp_path, monkeypatch):
     assert len(server.ranges) == asked + 1  # what is there is not downloaded again
     (tmp_path / "half").mkdir()
     (tmp_path / "half/train2017.zip.part").write_bytes(bytes(700))
-    archives[:] = [("train2017", "zips/train2017.zip", 10**15, "0" * 32)]
+    archives[:] = [("train2017", 10**15, "0" * 32)]
     asked = []
     monkeypatch.setattr(fineweb, "require_space", lambda folder, size: asked.append(size))
     monkeypatch.setattr(coco_eval, "unpack", lambda *args: None)
@@ -2556,20 +2538,21 @@ def test_bridges_equal_plain_float64_ones():
     assert torch.allclose(bridge.prefix(vision[None])[0].double(), y, atol=1e-5)
 
 
-@pytest.mark.parametrize("side, grid", [(8, (4, 8)), (16, (4, 8)), (16, (8, 8)), (16, (16, 16))])
+@pytest.mark.parametrize("side, grid", [(8, "4x8"), (16, "4x8"), (16, "8x8"), (16, "16x16")])
 def test_pooling_equals_a_plain_loop(side, grid):
     """Patches that are averaged into another cell."""
     tokens = torch.randn(2, 1 + side * side, 6)
     pooled = caption.pool_tokens(tokens, grid)
     square = tokens[:, 1:].view(2, side, side, 6)
-    h = side // grid[0]
-    w = side // grid[1]
-    for r, c in itertools.product(range(grid[0]), range(grid[1])):
+    rows, columns = map(int, grid.split("x"))
+    h = side // rows
+    w = side // columns
+    for r, c in itertools.product(range(rows), range(columns)):
         mean = square[:, r * h : r * h + h, c * w : c * w + w].mean((1, 2))
-        assert torch.allclose(pooled[:, 1 + r * grid[1] + c], mean, atol=1e-6)
+        assert torch.allclose(pooled[:, 1 + r * columns + c], mean, atol=1e-6)
     assert torch.equal(pooled[:, 0], tokens[:, 0])
     with pytest.raises(UserError, match="does not divide"):
-        caption.pool_tokens(tokens, (3, 5))
+        caption.pool_tokens(tokens, "3x5")
 
 
 def test_a_prefix_has_to_fit_into_the_context():
@@ -2621,7 +2604,7 @@ def test_vision_tokens_are_computed_once_and_gone_on_with(toy_clip, shapes, tmp_
     prepared = caption.prepared
     monkeypatch.setattr(caption, "prepared", lambda *args: seen.append(args) or prepared(*args))
 
-    def features(pictures=pictures, encoder=encoder, grid=(4, 8)):
+    def features(pictures=pictures, encoder=encoder, grid="4x8"):
         """(vision tokens, how many pictures were read for them)"""
         seen.clear()
         chunks = caption.cached_features(encoder, pictures, grid, "x")
@@ -2631,8 +2614,8 @@ def test_vision_tokens_are_computed_once_and_gone_on_with(toy_clip, shapes, tmp_
     assert first.shape == (150, 33, 96) and first.dtype == np.float16 and count == 150
     assert caption.fingerprint(encoder.visual) in encoder.name
     assert not any(p.requires_grad for p in encoder.visual.parameters())
-    image = encoder.prepare([coco_eval.load_image(pictures[70]["path"])])
-    tokens = caption.pool_tokens(encoder(image), (4, 8))[0].numpy()
+    image = encoder.preprocess(coco_eval.load_image(pictures[70]["path"]))[None]
+    tokens = caption.pool_tokens(encoder(image), "4x8")[0].numpy()
     assert np.allclose(first[70], tokens, atol=2e-2)
     again, count = features()
     assert np.array_equal(first, again) and count == 0
@@ -2640,7 +2623,7 @@ def test_vision_tokens_are_computed_once_and_gone_on_with(toy_clip, shapes, tmp_
     again, count = features()
     assert np.array_equal(first, again) and count == 64
     other = caption.ImageEncoder(encoder.visual, encoder.preprocess, "other")
-    for change in ({"pictures": pictures[:9]}, {"encoder": other}, {"grid": (8, 8)}):
+    for change in ({"pictures": pictures[:9]}, {"encoder": other}, {"grid": "8x8"}):
         assert features(**change)[1] == len(change.get("pictures", pictures))
     copies = [picture | {"path": tmp_path / Path(picture["path"]).name} for picture in pictures[:9]]
     for copy, picture in zip(copies, pictures, strict=False):
@@ -2657,7 +2640,7 @@ import sys, time, caption, coco_eval
 caption.CHUNK, prepared = 64, caption.prepared
 caption.prepared = lambda *args: (time.sleep(0.02), prepared(*args))[1]
 pictures = coco_eval.read_dataset(sys.argv[2], "train")
-caption.cached_features(caption.load_clip(sys.argv[1]), pictures, (4, 8), "x")
+caption.cached_features(caption.load_clip(sys.argv[1]), pictures, "4x8", "x")
 """
 
 
@@ -2680,10 +2663,10 @@ def test_an_extraction_that_is_killed_goes_on(toy_clip, shapes, tmp_path, monkey
     seen = []
     prepared = caption.prepared
     monkeypatch.setattr(caption, "prepared", lambda *args: seen.append(args) or prepared(*args))
-    again = np.concatenate(caption.cached_features(encoder, pictures, (4, 8), "x"))
+    again = np.concatenate(caption.cached_features(encoder, pictures, "4x8", "x"))
     assert len(seen) == len(pictures) - done
     shutil.rmtree("data/features")
-    whole = np.concatenate(caption.cached_features(encoder, pictures, (4, 8), "x"))
+    whole = np.concatenate(caption.cached_features(encoder, pictures, "4x8", "x"))
     assert np.array_equal(again, whole)
 
 
@@ -2733,12 +2716,11 @@ def test_a_change_of_the_captions_is_noticed(captions_run, shapes, tmp_path):
     assert_error(process, "made with captions")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_an_interrupted_caption_run_ends_as_if_it_had_not_been(captions_run, tmp_path, number):
+def test_an_interrupted_caption_run_ends_as_if_it_had_not_been(captions_run, tmp_path):
     """Exact resume of a bridge."""
     flags, folder, _ = captions_run
     process = start("caption.py", *flags, cwd=tmp_path)
-    code, _ = interrupt(process, 20, number)
+    code, _ = interrupt(process, 20, signal.SIGKILL)
     assert code != 0
     assert run("caption.py", *flags, cwd=tmp_path).returncode == 0
     out = "runs/shapes-cross"

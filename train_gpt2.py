@@ -59,6 +59,8 @@ from fineweb import UserError, number
 
 @dataclass(frozen=True)
 class GPTConfig:
+    """The shape of a GPT-2."""
+
     block_size: int = 1024  # the longest context, in tokens
     vocab_size: int = 50257  # rows of the token table
     n_layer: int = 12
@@ -115,6 +117,8 @@ def attention(q, k, v, mask=None, is_causal=False):
 
 
 class MLP(nn.Module):
+    """Two linear layers with a GELU between them."""
+
     def __init__(self, n_embd):
         super().__init__()
         self.c_fc = nn.Linear(n_embd, 4 * n_embd)
@@ -288,6 +292,7 @@ def softmax_minus_one_hot(logits, target, n_vocab):
 
 @functools.cache
 def compiled(function):
+    """The function through torch.compile, once."""
     return torch.compile(function)
 
 
@@ -578,6 +583,7 @@ def configure_optimizer(model, recipe, lr_scale=None):
 
 
 def set_lr(optimizer, lr):
+    """Give each group its learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
@@ -934,20 +940,26 @@ def freeze(model, device):
 def sample(args):
     """Print continuations of a text."""
     model, tokenizer, _ = load_model(args.ckpt or default_checkpoint())
-    device = pick_device()
-    freeze(model, device)
+    freeze(model, pick_device())
     text = args.sample.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    prompt = [tokenizer.eot_token, *tokenizer.encode_ordinary(text)]
-    temperature = 0.8 if args.temperature is None else args.temperature
-    sampling = {"temperature": temperature, "top_k": args.top_k, "top_p": args.top_p}
-    sampling["generator"] = torch.Generator(device).manual_seed(args.seed)
-    idx = torch.tensor([prompt] * (args.num or 1), device=device)
+    sampling = {"top_k": args.top_k, "top_p": args.top_p}
+    sampling["temperature"] = 0.8 if args.temperature is None else args.temperature
     length = args.max_new_tokens or 200
+    for continued in complete(model, tokenizer, text, length, args.num, args.seed, **sampling):
+        print(f"{continued}\n---")
+
+
+def complete(model, tokenizer, text, max_new_tokens, num=None, seed=0, **sampling):
+    """[the text with a continuation, ...]: `num` of them, by a model that is frozen."""
+    device = pick_device()
+    prompt = [tokenizer.eot_token, *tokenizer.encode_ordinary(text)]
+    idx = torch.tensor([prompt] * (num or 1), device=device)
+    sampling |= {"stop": tokenizer.eot_token}
+    sampling["generator"] = torch.Generator(device).manual_seed(seed)
     with autocast(device):
-        rows = generate(model, idx, length, stop=tokenizer.eot_token, **sampling)
-    for row in rows[:, len(prompt) :].tolist():
-        row = [token for token in row if token != tokenizer.eot_token]
-        print(f"{text}{tokenizer.decode(row, errors='replace')}\n---")
+        rows = generate(model, idx, max_new_tokens, **sampling)[:, len(prompt) :].tolist()
+    rows = [[token for token in row if token != tokenizer.eot_token] for row in rows]
+    return [text + tokenizer.decode(row, errors="replace") for row in rows]
 
 
 def evaluate(args):
@@ -993,8 +1005,8 @@ def default_checkpoint():
 # -----------------------------------------------------------------------------
 # Appendix A: devices and processes
 
-PEAK_FLOPS = {  # dense bf16, a second
-    "A100": 312e12, "H100": 989e12, "H200": 989e12, "4090": 165e12, "3090": 71e12, "A5000": 111e12}
+# dense bf16, a second
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "4090": 165e12, "A5000": 111e12}
 
 
 def pick_device():
@@ -1037,10 +1049,12 @@ def join_processes():
 
 
 def rank():
+    """Which of the processes this is, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size():
+    """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -1057,15 +1071,20 @@ def rank_zero_first():
     if world_size() == 1:
         yield
         return
-    day = datetime.timedelta(days=1)  # what rank 0 prepares may take hours
-    group = dist.new_group(backend="gloo", timeout=day)
+    patient_group()
     if rank() > 0:
-        dist.barrier(group)
+        dist.barrier(patient_group())
     try:
         yield
     finally:
         if rank() == 0:
-            dist.barrier(group)
+            dist.barrier(patient_group())
+
+
+@functools.cache
+def patient_group():
+    """All ranks, which here wait a day instead of minutes: what rank 0 prepares may take hours."""
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
 
 
 def parallelize(model, device, compile=True):
@@ -1094,22 +1113,17 @@ def flops_per_token(config):
     return 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size
 
 
-def mfu(flops_per_second):
-    """Model FLOPs utilization as text, where the peak of the card is known."""
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+def hardware_use(flops_per_second):
+    """Peak memory as text, and on GPUs MFU (model FLOPs utilization) where the peak is known."""
+    if not torch.cuda.is_available():
+        status = Path("/proc/self/status")  # Linux tells it
+        match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text() if status.exists() else "")
+        return f" | {int(match[1]) / 1e6:.1f} GB" if match else ""
+    text = f" | {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
     for name, peak in PEAK_FLOPS.items():
-        if name in card and flops_per_second:
-            return f" | MFU {flops_per_second / peak / world_size():5.1%}"
-    return ""
-
-
-def peak_memory():
-    """The most memory that this process has had, as text (on a CPU, where Linux tells it)."""
-    if torch.cuda.is_available():
-        return f" | {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
-    status = Path("/proc/self/status")
-    match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text() if status.exists() else "")
-    return f" | {int(match[1]) / 1e6:.1f} GB" if match else ""
+        if name in torch.cuda.get_device_name() and flops_per_second:
+            text += f" | MFU {flops_per_second / peak / world_size():5.1%}"
+    return text
 
 
 # -----------------------------------------------------------------------------
@@ -1253,6 +1267,8 @@ class Run:
 
     def __exit__(self, kind, error, traceback):
         self.stack.close()
+        if error is None and world_size() > 1:
+            dist.barrier()  # what rank 0 has written is whole
         if isinstance(error, torch.OutOfMemoryError):
             half = max(self.recipe.micro_batch // 2, 1)
             raise UserError(f"out of memory: use --micro-batch {half}") from None
@@ -1293,7 +1309,7 @@ class Run:
         left = tqdm.format_interval((self.recipe.max_steps - self.step) * per_step / rate)
         skipped = f" | skipped {self.skipped}" if self.skipped else ""
         begin = f"step {self.step:>6,} of {self.recipe.max_steps:,} | loss {loss:7.4f}"
-        speed = f"{rate:9,.0f} {self.unit}/s{mfu(rate * flops)}{peak_memory()}"
+        speed = f"{rate:9,.0f} {self.unit}/s{hardware_use(rate * flops)}"
         rates = f"lr {lr:.2e} | norm {norm:5.2f}"
         print(f"{begin} | {rates} | {speed}{skipped} | {left} left", flush=True)
         row = {"loss": loss, "lr": lr, "norm": norm, "skipped": self.skipped}
@@ -1443,6 +1459,7 @@ def nice_ticks(values):
 
 
 def default_data(preset):
+    """Where the shards of a preset are without --data."""
     return Path("data/tiny" if preset == "tiny" else "data/fineweb_edu")
 
 
@@ -1492,23 +1509,18 @@ def open_data(folder, config):
 
 def describe(run, preset, data, model, train_set, device):
     """What will be done, a line each."""
-    c = model.config
     recipe = run.recipe
     name = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
     precision = "bf16 products, fp32 weights" if uses_bf16(device) else "fp32"
     parameters = sum(p.numel() for p in model.parameters())
-    windows = recipe.batch_size // c.block_size
     epochs = recipe.max_steps * recipe.batch_size / len(train_set)
     state = f"; going on after step {run.step:,}" if run.step else ""
     if run.step >= recipe.max_steps:
-        state = "; it is finished, --restart begins anew"
-    print(f"data       {data}: {len(train_set):,} tokens for training")
-    print(f"device     {world_size()} x {name}, {precision}")
-    print(f"model      {preset}: {parameters:,} parameters")
-    print(f"step       {recipe.batch_size:,} tokens: {windows} x {c.block_size}, "
-          f"{recipe.micro_batch} at a time")
+        state = "; it is finished, --restart starts over"
+    print(f"model      {preset}: {parameters:,} parameters on {world_size()} x {name}, {precision}")
+    print(f"data       {data}: {len(train_set):,} tokens, {recipe.batch_size:,} for each step")
     steps = f"{recipe.max_steps:,} steps, {epochs:.1f} epochs"
     print(f"run        {run.out}: {steps}{state}", flush=True)
 
@@ -1517,22 +1529,14 @@ def finish(run, model, tokenizer):
     """Write and print samples, and what to do next."""
     if rank() > 0:
         return
-    device = pick_device()
-    freeze(model, device)
+    freeze(model, pick_device())
     texts = []
     for prompt in ("", "The ", "In the beginning"):
-        tokens = [tokenizer.eot_token, *tokenizer.encode_ordinary(prompt)]
-        idx = torch.tensor([tokens], device=device)
-        length = min(model.config.block_size - len(tokens), 200)
-        sampling = {"temperature": 0.8, "top_k": 50, "stop": tokenizer.eot_token}
-        sampling["generator"] = torch.Generator(device).manual_seed(0)
-        with autocast(device):
-            row = generate(model, idx, length, **sampling)[0, 1:]
-        text = tokenizer.decode(row.tolist(), errors="replace").removesuffix(fineweb.EOT)
-        texts.append(f"--- {text}\n")
+        length = min(model.config.block_size - 20, 200)
+        texts += complete(model, tokenizer, prompt, length, temperature=0.8, top_k=50)
     with fineweb.atomic_write(run.out / "samples.txt", "w") as file:  # its end: the run is finished
-        file.writelines(texts)
-    print("".join(texts))
+        file.writelines(f"--- {text}\n" for text in texts)
+    print("".join(f"--- {text}\n" for text in texts))
     print(f"{run.seconds:.0f} s of training; {run.out} has checkpoint, log, curves and samples.")
     print(f'Next: python train_gpt2.py --sample "The " --ckpt {shlex.quote(str(run.out))}')
 
@@ -1543,6 +1547,7 @@ def is_finished(out):
 
 
 def main(arguments=None):
+    """The commands at the top of this file."""
     parser = fineweb.ArgumentParser(__doc__)
     positive = number(int, 1)
     group = parser.add_argument_group("training")
