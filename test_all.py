@@ -704,6 +704,27 @@ def test_the_compiled_head_stores_no_fp32_logits():
         assert f"({rows}, {V}), ({V}, 1), torch.float32" not in code
 
 
+def test_a_compiled_model_trains_as_the_plain_one(monkeypatch, fp32):
+    """torch.compile of the whole model: other losses or gradients, or a head that is not compiled."""
+    model = small_model()
+    twin = small_model()
+    idx = torch.randint(0, 43, (4, 8))
+    head = []
+    monkeypatch.setattr(train_gpt2, "loss_and_gradient", lambda *args: head.append(1) or plain(*args))
+    plain = torch.compile(train_gpt2.softmax_minus_one_hot, backend="aot_eager")
+    compiled = torch.compile(model, backend="aot_eager")
+    for _ in range(2):
+        loss = compiled(idx, idx.roll(-1, 1))[1]
+        loss.backward()
+    expected = twin(idx, idx.roll(-1, 1))[1]
+    (2 * expected).backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5) and len(head) == 3
+    for p, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(p.grad, other.grad, atol=1e-5)
+    with torch.no_grad():
+        assert compiled(idx, idx.roll(-1, 1))[1].item() == pytest.approx(loss.item(), rel=1e-5)
+
+
 def test_forward_returns_logits_or_loss():
     """model(idx) and model(idx, targets), as other GPT-2s have them."""
     model = small_model()
@@ -887,6 +908,7 @@ def test_batches_that_cannot_be_divided_are_refused(monkeypatch):
     args = types.SimpleNamespace(batch_size=16 * 64, micro_batch=None, lr=0.0)
     chosen = train_gpt2.choose_recipe(recipe, args, 64)
     assert (chosen.batch_size, chosen.micro_batch, chosen.lr) == (1024, 4, 0.0)  # 0 is a number
+    train_gpt2.configure_optimizer(small_model(), chosen)
 
 
 def test_many_shards_are_mapped_and_not_read(tmp_path):
@@ -2239,8 +2261,8 @@ def test_coco_is_fetched_unpacked_and_left_alone(server, tmp_path, monkeypatch):
     archives = []
     for name in body:
         archives.append((name, len(body[name]), hashlib.md5(body[name]).hexdigest()))
-        address = "annotations/annotations_trainval2017" if name == "annotations" else f"zips/{name}"
-        server.files[f"/{address}.zip"] = body[name]
+        folder = "zips/" if name != "annotations" else "annotations/annotations_trainval2017"
+        server.files[f"/{folder}{name if folder == 'zips/' else ''}.zip"] = body[name]
     monkeypatch.setattr(coco_eval, "HOST", server.address)
     monkeypatch.setattr(coco_eval, "ARCHIVES", archives)
     server.behave = ["", "break off", "503"]

@@ -191,6 +191,7 @@ class GPT(nn.Module):
         """Hidden states (..., C) to logits (..., n_vocab): padded rows of the table are cut off."""
         return F.linear(h, self.wte.weight)[..., : self.config.n_vocab]
 
+    @torch.compiler.disable(recursive=False)  # a gradient in the forward pass cannot be traced
     def loss(self, h, targets, reduction="mean"):
         """Cross-entropy in nats of targets (B, T) given hidden states (B, T, C).
 
@@ -440,30 +441,6 @@ class TokenDataset:
         return digest.hexdigest()[:16]
 
 
-def open_shards(folder):
-    """The shards of a folder: (training set, {name: validation set}). UserError if one is missing.
-
-    Shards are NAME_train_000001.bin, NAME_val_000000.bin (or .npy); several NAMEs of validation
-    shards are several validation sets.
-    """
-    train = {}
-    val = {}
-    for path in sorted(Path(folder).glob("*")):
-        match = re.fullmatch(r"(.+)_(train|val)(?:_\d+)?\.(?:bin|npy)", path.name)
-        if match:
-            paths = train if match[2] == "train" else val.setdefault(match[1], {})
-            if path.stem in paths:
-                raise UserError(f"{folder} has {path.stem} as .bin and as .npy: remove one of them")
-            paths[path.stem] = path
-    if not train or not val:
-        wanted = "shards NAME_train_000001.bin and NAME_val_000000.bin"
-        raise UserError(f"{folder} has no {wanted}: make them with fineweb.py")
-    if len(val) == 1:
-        val = {"val": val.popitem()[1]}
-    val_sets = {name: TokenDataset(paths.values()) for name, paths in val.items()}
-    return TokenDataset(train.values()), val_sets
-
-
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed, epoch, size):
     """The order of the `size` windows (or pictures) in an epoch, the same on every machine."""
@@ -471,7 +448,7 @@ def epoch_order(seed, epoch, size):
 
 
 def step_indices(seed, step, batch_size, size):
-    """The windows (or pictures) of a step; it may go over the border of an epoch."""
+    """The windows (or pictures) of a step, which may cross the boundary of an epoch."""
     places = np.arange(step * batch_size, (step + 1) * batch_size)
     return np.array([epoch_order(seed, int(p // size), size)[p % size] for p in places])
 
@@ -538,7 +515,7 @@ PRESETS = {  # T, V, layers, heads, C
 }
 RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up
     "tiny": Recipe(1_600, 1_536, 24, 1e-3, 40, muon_lr=0.02, eval_every=200, eval_tokens=20_480),
-    "small": Recipe(500, 8_192, 16, 2e-3, 50, eval_every=50, eval_tokens=20_480),
+    "small": Recipe(500, 8_192, 16, 2e-3, 50, eval_every=50, eval_tokens=16_384),
     # GPT-3's recipe: 19,073 steps of 524,288 tokens are 10.0 B, 715 of them 375 M
     "gpt2": Recipe(19_073, 524_288, 16, 6e-4, 715),
     "gpt2-medium": Recipe(19_073, 524_288, 8, 3e-4, 715),
@@ -573,7 +550,7 @@ def configure_optimizer(model, recipe, lr_scale=None):
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            muon = recipe.muon_lr > 0 and name.startswith("h.") and p.dim() == 2
+            muon = recipe.muon_lr * recipe.lr > 0 and name.startswith("h.") and p.dim() == 2
             decay = recipe.weight_decay if p.dim() >= 2 else 0.0
             scale = recipe.muon_lr / recipe.lr if muon else (lr_scale or {}).get(name, 1.0)
             group = {"params": [], "weight_decay": decay, "lr_scale": scale, "muon": muon}
@@ -610,8 +587,8 @@ def train_step(model, optimizer, micro_batches, grad_clip, device):
                 _, loss = model(x, y)
             (loss * share * world_size()).backward()  # DDP takes the mean, we want the sum
         total += loss.detach() * share
-    loss = all_reduce(total).item()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()  # gradient clipping
+    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)  # gradient clipping
+    loss, norm = torch.stack([all_reduce(total), norm]).tolist()  # the one wait for the GPU
     if math.isfinite(loss + norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -1127,7 +1104,7 @@ def hardware_use(flops_per_second):
 
 
 # -----------------------------------------------------------------------------
-# Appendix B: what the toy decoder learns faster with: sinusoids to begin with, the optimizer Muon
+# Appendix B: what helps a short training: positions that begin as sinusoids, and Muon
 
 
 def sinusoids(T, C, std):
@@ -1283,14 +1260,18 @@ class Run:
 
     def stop_requested(self):
         """Whether a rank was asked to stop: then all do, at the same step."""
+        if world_size() == 1:
+            return self.signal is not None
         asked = torch.tensor(float(self.signal is not None), device=pick_device())
         return all_reduce(asked).item() > 0
 
     def exit(self):
+        """End the process as a signal would have."""
         print(f"stopped after step {self.step:,}; the same command goes on from there")
         sys.exit(128 + (self.signal or signal.SIGTERM))
 
     def count_step(self, loss, norm):
+        """One step more is done; UserError if too many were not finite."""
         self.step += 1
         finite = math.isfinite(loss + norm)
         self.skipped += not finite
@@ -1497,6 +1478,30 @@ def choose_recipe(recipe, args, T):
     return recipe
 
 
+def open_shards(folder):
+    """The shards of a folder: (training set, {name: validation set}). UserError if one is missing.
+
+    Shards are NAME_train_000001.bin, NAME_val_000000.bin (or .npy); several NAMEs of validation
+    shards are several validation sets.
+    """
+    train = {}
+    val = {}
+    for path in sorted(Path(folder).glob("*")):
+        match = re.fullmatch(r"(.+)_(train|val)(?:_\d+)?\.(?:bin|npy)", path.name)
+        if match:
+            paths = train if match[2] == "train" else val.setdefault(match[1], {})
+            if path.stem in paths:
+                raise UserError(f"{folder} has {path.stem} as .bin and as .npy: remove one of them")
+            paths[path.stem] = path
+    if not train or not val:
+        wanted = "shards NAME_train_000001.bin and NAME_val_000000.bin"
+        raise UserError(f"{folder} has no {wanted}: make them with fineweb.py")
+    if len(val) == 1:
+        val = {"val": val.popitem()[1]}
+    val_sets = {name: TokenDataset(paths.values()) for name, paths in val.items()}
+    return TokenDataset(train.values()), val_sets
+
+
 def open_data(folder, config):
     """(training set, validation sets, tokenizer); UserError for tokens of another vocabulary."""
     train_set, val_sets = open_shards(folder)
@@ -1532,7 +1537,7 @@ def finish(run, model, tokenizer):
     freeze(model, pick_device())
     texts = []
     for prompt in ("", "The ", "In the beginning"):
-        length = min(model.config.block_size - 20, 200)
+        length = min(model.config.block_size, 200)
         texts += complete(model, tokenizer, prompt, length, temperature=0.8, top_k=50)
     with fineweb.atomic_write(run.out / "samples.txt", "w") as file:  # its end: the run is finished
         file.writelines(f"--- {text}\n" for text in texts)
