@@ -422,8 +422,9 @@ def get_micro_batches(train_set, captioner, recipe, seed, step):
     """This rank's micro-batches of a step: [(vision, packed captions, share of the targets)]."""
     chosen = train_gpt2.step_indices(seed, step, recipe.batch_size, len(train_set))
 
-    def targets(pictures):
-        return sum(len(tokens) + 1 for i in pictures for tokens in train_set.captions[i])
+    def targets(pictures):  # the tokens of all captions, and an end for each
+        captions = itertools.chain(*(train_set.captions[i] for i in pictures))
+        return sum(len(tokens) + 1 for tokens in captions)
 
     mine = np.array_split(chosen, train_gpt2.world_size())[rank()]
     batches = []
@@ -597,13 +598,6 @@ def ask_facts(pictures, tokenizer, answer):
     return shares
 
 
-def bridge_facts(captioner, pictures, tokenizer):
-    """ask_facts() of captions of a PictureSet."""
-    options = {"max_new_tokens": 8}
-    answer = functools.partial(write_all_captions, captioner, pictures, tokenizer, **options)
-    return ask_facts(pictures.pictures, tokenizer, answer)
-
-
 def map_facts(setup, pictures):
     """ask_facts() of the decoder that reads the scene as a map in words: a bridge's upper bound."""
     tokenizer = setup.tokenizer
@@ -662,17 +656,18 @@ def evaluate(out, setup, args, beam=None):
     row["shuffled"] = caption_loss(captioner, seen.shuffled(), device)[1]
     if all(picture["scene"] for picture in val_set.pictures):
         row["captions true"] = true_captions(texts, seen.pictures)
-        row["facts"] = bridge_facts(captioner, seen, tokenizer)
-        row["facts, shuffled"] = bridge_facts(captioner, seen.shuffled(), tokenizer)
-        row["facts, unseen pairs"] = bridge_facts(captioner, unseen, tokenizer)
+        groups = {"facts": seen, "facts, shuffled": seen.shuffled(), "facts, unseen pairs": unseen}
+        for kind, group in groups.items():
+            options = {"max_new_tokens": 8}
+            answer = functools.partial(write_all_captions, captioner, group, tokenizer, **options)
+            row[kind] = ask_facts(group.pictures, tokenizer, answer)
     if rank() == 0:
         write_scores(Path(out), seen.pictures, texts, row | scores, "_beam" if beam else "")
     losses = f"{row['nats a caption']:.2f} nats a caption, shuffled {row['shuffled']:.2f}"
     print(f"{len(seen)} validation pictures of {setup.data}, {decoding}: {losses}")
     print(coco_eval.table(scores, len(seen)))
-    for kind in ("facts", "facts, shuffled", "facts, unseen pairs"):
-        if kind in row:
-            print(f"{kind:22} " + "  ".join(f"{fact} {s:.2f}" for fact, s in row[kind].items()))
+    for kind in [key for key in row if key.startswith("facts")]:
+        print(f"{kind:22} " + "  ".join(f"{fact} {share:.2f}" for fact, share in row[kind].items()))
     if "captions true" in row:
         print(f"{'captions without a false statement':22} {row['captions true']:.2f}")
     print(f"{out} has best.pt, results, scores, curves.png and grid.png")
@@ -1060,8 +1055,8 @@ def clip_texts(captions, length=32):
 # Command line
 
 
-def main():
-    """The commands at the top of this file."""
+def flags():
+    """The parser of the command line."""
     parser = fineweb.ArgumentParser(__doc__)
     positive = number(int, 1)
     group = parser.add_argument_group("what to do (default: train --bridge and score it)")
@@ -1092,6 +1087,12 @@ def main():
     group.add_argument("--beam", type=number(int, 2), metavar="W", help="beam search (else greedy)")
     group.add_argument("--length-penalty", type=number(float, 0, 10), help="of --beam (1.0)")
     group.add_argument("--grid", metavar="FILE", help="draw the pictures with their captions")
+    return parser
+
+
+def main():
+    """The commands at the top of this file."""
+    parser = flags()
     args = parser.parse_args()
     if not args.bridge and not args.compare:
         raise UserError("give --bridge linear, cross or qformer, or --compare")

@@ -664,11 +664,8 @@ def fetch_rest(url, part):
 
 def file_digest(path, like):
     """MD5 or SHA-256 of a file in hexadecimal, whichever is as long as `like`."""
-    digest = hashlib.md5(usedforsecurity=False) if len(like) == 32 else hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "md5" if len(like) == 32 else "sha256").hexdigest()
 
 
 if __name__ == "__main__":

@@ -705,13 +705,18 @@ def test_the_compiled_head_stores_no_fp32_logits():
 
 
 def test_a_compiled_model_trains_as_the_plain_one(monkeypatch, fp32):
-    """torch.compile of the whole model: other losses or gradients, or a head that is not compiled."""
+    """torch.compile of the whole model: other losses or gradients, or a head left out of it."""
     model = small_model()
     twin = small_model()
     idx = torch.randint(0, 43, (4, 8))
     head = []
-    monkeypatch.setattr(train_gpt2, "loss_and_gradient", lambda *args: head.append(1) or plain(*args))
-    plain = torch.compile(train_gpt2.softmax_minus_one_hot, backend="aot_eager")
+    softmax = torch.compile(train_gpt2.softmax_minus_one_hot, backend="aot_eager")
+
+    def loss_and_gradient(*args):
+        head.append(args)
+        return softmax(*args)
+
+    monkeypatch.setattr(train_gpt2, "loss_and_gradient", loss_and_gradient)
     compiled = torch.compile(model, backend="aot_eager")
     for _ in range(2):
         loss = compiled(idx, idx.roll(-1, 1))[1]
@@ -1780,7 +1785,8 @@ ODD_CAPTIONS = [
     "B & W, AT&T &amp; co", "$5 for 50% at 3:30pm, €5 £6 ½", "a--b - c ... d..",
     "1,000 birds over 3.5 miles at 10:30", "w/ milk half-full/half-empty 1/2",
     "Mr. Smith of St. Paul, U.S., at 5 a.m.", "the dogs' o'clock 1950s 12th",
-    "एक आदमी घोड़े की सवारी करता है।", "ผู้ชายขี่ม้า", "رَجُلٌ يَرْكَبُ حِصَانًا", "cafe\u0301 noe\u0308l",
+    "एक आदमी घोड़े की सवारी करता है।", "ผู้ชายขี่ม้า", "رَجُلٌ يَرْكَبُ حِصَانًا",
+    "cafe\u0301 noe\u0308l",
     "a dog 🐕\u200d🦺 runs", "I ❤\ufe0f dogs 1\ufe0f\u20e3", "soft\xadhyphen", "고양이가 앉아 있다",
     "кошка сидит", "η γάτα κάθεται", "חתול יושב", "গরু ঘাস খায়", "தமிழ் மொழி", "ქართული ენა",
     "a\u200bb\ufeffc\u2060d", "مرحبا\u200cدنیا", "日本語。テスト、です！"]

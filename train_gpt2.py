@@ -23,6 +23,7 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -1302,7 +1303,7 @@ class Run:
             self.write_log([*read_log(self.out / "log.csv"), {"step": self.step} | row])
 
     def write_log(self, rows):
-        columns = dict.fromkeys(key for row in rows for key in row)
+        columns = dict.fromkeys(itertools.chain(*rows))
         with fineweb.atomic_write(self.out / "log.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
@@ -1377,7 +1378,8 @@ def draw_run(out):
     """curves.png of a run, from its log: losses, and HellaSwag if it was measured."""
     rows = read_log(Path(out) / "log.csv")
     lines = {"training": curve(rows, "loss")}
-    for name in dict.fromkeys(key for row in rows for key in row if key.startswith("val_")):
+    columns = dict.fromkeys(itertools.chain(*rows))
+    for name in [column for column in columns if column.startswith("val_")]:
         lines[name.replace("val_val", "validation").removeprefix("val_")] = curve(rows, name)
     panels = {"loss, nats per token": lines}
     if accuracy := curve(rows, "hellaswag"):
@@ -1399,7 +1401,7 @@ def draw_curves(path, panels):
     font = ImageFont.load_default(30)
     colors = ("#94a3b8", "#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed")
     for left, (title, lines) in zip(range(140, 10**6, width), panels.items(), strict=False):
-        points = np.array([point for line in lines.values() for point in line]).reshape(-1, 2)
+        points = np.array(sum(lines.values(), [])).reshape(-1, 2)
         ticks = [nice_ticks(points[:, 0]), nice_ticks(points[:, 1])]
         low = np.array([ticks[0][0], ticks[1][0]])
         span = np.array([ticks[0][-1], ticks[1][-1]]) - low
