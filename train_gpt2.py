@@ -1418,9 +1418,9 @@ def draw_curves(path, panels):
         for i, (label, line) in enumerate(lines.items()):
             pixels = corner + (np.array(line).reshape(-1, 2) - low) * scale
             draw.line(pixels.ravel().tolist(), colors[i % 6], 5, "curve")
-            x, y = left + width - 580, 130 + 48 * i  # the legend stands in the upper right corner
-            draw.line([(x, y), (x + 60, y)], colors[i % 6], 8)
-            draw.text((x + 80, y), label, "#111827", font, "lm")
+            x = left + 280 * i  # the legend stands below the chart
+            draw.line([(x, height - 36), (x + 50, height - 36)], colors[i % 6], 8)
+            draw.text((x + 64, height - 36), label, "#111827", font, "lm")
     with fineweb.atomic_write(path) as file:
         image.reduce(2).save(file, "PNG")
 
