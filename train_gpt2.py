@@ -285,11 +285,11 @@ def softmax_minus_one_hot(logits, target, n_vocab):
     """loss_and_gradient() in plain PyTorch; test_the_compiled_head_stores_no_fp32_logits"""
     logits[:, n_vocab:] = -math.inf  # rows of the table that are no tokens get no probability
     log_p = F.log_softmax(logits, dim=1, dtype=torch.float32)
-    counts = target != -100
-    loss = -(log_p.gather(1, target.clamp(min=0)) * counts).sum()
-    one_hot = torch.arange(logits.size(1), device=logits.device) == target
-    logits.copy_(log_p.exp_().add_(one_hot, alpha=-1))
-    return loss
+    index = target.clamp(min=0)
+    log_p_target = log_p.gather(1, index)  # (rows, 1)
+    logits.copy_(log_p.exp_())
+    logits.scatter_(1, index, (log_p_target.exp() - 1).to(logits.dtype))  # minus the one-hot
+    return -(log_p_target * (target != -100)).sum()
 
 
 @functools.cache
