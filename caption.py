@@ -669,7 +669,7 @@ def evaluate(out, setup, args, beam=None):
     for kind in [key for key in row if key.startswith("facts")]:
         print(f"{kind:22} " + "  ".join(f"{fact} {share:.2f}" for fact, share in row[kind].items()))
     if "captions true" in row:
-        print(f"{'captions without a false statement':22} {row['captions true']:.2f}")
+        print(f"captions without a false statement: {row['captions true']:.2f}")
     print(f"{out} has best.pt, results, scores, curves.png and grid.png")
     return row
 

@@ -11,8 +11,8 @@ The same command continues an interrupted run. A run lives in runs/<preset>/: ck
 curves.png, samples.txt.
 
 Chapters: 1 the model, 2 generation, 3 data, 4 the recipe, 5 training; then 6 evaluation, 7 using a
-model. Appendices: A devices and processes, B the optimizer Muon, C the folder of a run. Chapters
-1 to 5 are what an evening is for.
+model. Appendices: A devices and processes, B sinusoids and Muon, C the folder of a run, then the
+command line. Chapters 1 to 5 are what an evening is for.
 
 Letters beside the code: B batch, T time (tokens), C width, nh heads, hs head size, V vocabulary,
 P prefix, N targets of a row. GPT-2: Radford et al. 2019; its training: Brown et al. 2020 (GPT-3).
@@ -150,7 +150,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2, with OpenAI's names of tensors. embed, decode, logits and loss are its steps."""
+    """GPT-2, with OpenAI's names of tensors. Its steps: embed, hidden_states, logits or loss."""
 
     def __init__(self, config):
         super().__init__()
@@ -648,8 +648,7 @@ def train(args):
 def validate(model, config, val_sets, tokenizer, recipe, device):
     """Print the mean loss over eval_tokens of each validation set; returns columns of the log.
 
-    The loss is in nats a token, and in bits a byte of text, which other tokenizers can be
-    compared by.
+    The loss is in nats a token, and in bits a byte of text, which does not depend on the tokenizer.
     """
     T = config.block_size
     bytes_of = [len(tokenizer.decode_single_token_bytes(i)) for i in range(tokenizer.n_vocab)]
@@ -1254,6 +1253,7 @@ class Run:
             raise UserError("another rank does not answer: look at its output") from None
 
     def on_signal(self, number, frame):
+        """Ask the loop to stop; the next signal is no longer caught."""
         os.write(2, b"\nstopping after this step; once more stops at once\n")
         self.signal = number
         for other in (signal.SIGINT, signal.SIGTERM):
