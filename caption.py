@@ -498,10 +498,7 @@ def validate(captioner, val_set, run, device):
 def choose_recipe(name, setup, pictures, args):
     """The three bridges share one budget; only the learning rate is each one's own."""
     batch = args.batch_size or (32 if setup.toy else 64)
-    steps = 1_000 if setup.toy else round(4 * pictures / batch)
-    if args.epochs:
-        steps = round(args.epochs * pictures / batch)
-    steps = args.max_steps or max(steps, 1)
+    steps = args.max_steps or (1_000 if setup.toy else math.ceil(4 * pictures / batch))
     lr = LEARNING_RATES[name][0 if setup.toy else 1]
     warmup = max(1, round(0.03 * steps))
     options = {"min_lr_ratio": 0.0, "weight_decay": 0.01, "eval_every": max(1, steps // 10)}
@@ -642,12 +639,8 @@ def evaluate(out, setup, args, beam=None):
     unseen = [i for i, picture in enumerate(val_set.pictures) if held_out(picture)]
     seen = val_set.subset(sorted(set(range(len(val_set))) - set(unseen)))
     unseen = val_set.subset(unseen)
-    decoding = "greedy"
-    options = {}
-    if beam:
-        options = beam_options(args)
-        decoding = f"beam {beam}, length penalty {options['length_penalty']}"
-    texts = write_all_captions(captioner, seen, tokenizer, **options)
+    decoding = f"beam {beam}" if beam else "greedy"
+    texts = write_all_captions(captioner, seen, tokenizer, beams=beam or 1)
     references = {picture["id"]: picture["captions"] for picture in seen.pictures}
     scores = coco_eval.evaluate(references, dict(zip(references, texts, strict=True)))
     row = {"parameters": sum(p.numel() for p in captioner.bridge.parameters())}
@@ -672,12 +665,6 @@ def evaluate(out, setup, args, beam=None):
         print(f"captions without a false statement: {row['captions true']:.2f}")
     print(f"{out} has best.pt, results, scores, curves.png and grid.png")
     return row
-
-
-def beam_options(args):
-    """The arguments of beam_search() that the flags give."""
-    penalty = 1.0 if args.length_penalty is None else args.length_penalty
-    return {"beams": args.beam, "length_penalty": penalty}
 
 
 def write_scores(out, pictures, texts, scores, suffix):
@@ -765,7 +752,7 @@ KINDS = ".jpg .jpeg .jfif .png .gif .webp .avif .bmp .tif .tiff".split()
 
 
 def find_pictures(names):
-    """The paths of files and of the pictures in folders; UserError for none, or one named twice."""
+    """The paths of files and of the pictures in folders; UserError for none."""
     paths = []
     for name in map(Path, names):
         inside = [name]
@@ -777,8 +764,6 @@ def find_pictures(names):
     for path in paths:
         if not path.exists():
             raise UserError(f"{path} is not there: check the path")
-        if paths.count(path) > 1:
-            raise UserError(f"{path} is named twice: name it once")
     return paths
 
 
@@ -793,7 +778,7 @@ def sample(args):
         print(f"missing    the bridge: training {args.bridge}", flush=True)
         evaluate(train(args.bridge, setup, args), setup, args)
     captioner = load_captioner(args.ckpt or out / "best.pt", setup, args)
-    options = beam_options(args) if args.beam else {}
+    options = {"beams": args.beam or 1}
     if args.num or args.temperature is not None or args.top_p:
         temperature = 0.8 if args.temperature is None else args.temperature
         generator = torch.Generator(pick_device()).manual_seed(args.seed)
@@ -941,7 +926,12 @@ def open_setup(args):
             print("missing    the decoder: python train_gpt2.py --preset tiny", flush=True)
             train_gpt2.main(["--preset", "tiny"])  # on all ranks
         with train_gpt2.rank_zero_first():
-            make_toy_setup(data, clip)
+            if not data.exists():
+                print(f"missing    the pictures: drawing them in {data}", flush=True)
+                coco_eval.make_shapes(data)
+            if clip == "runs/toy-clip/ckpt.pt" and not Path(clip).exists():
+                print("missing    the image encoder: a tiny CLIP on these pictures", flush=True)
+                train_clip(data, clip)
     else:
         data = Path(args.data or coco)
         clip = args.clip or "ViT-L-14-quickgelu/openai"
@@ -955,16 +945,6 @@ def open_setup(args):
     train_gpt2.freeze(decoder, pick_device())
     folder = "toy" if toy else data.resolve().name
     return Setup(folder, toy, data, encoder, decoder, tokenizer, name)
-
-
-def make_toy_setup(data, clip):
-    """Make what the toy setup lacks: the pictures, the image encoder."""
-    if not data.exists():
-        print(f"missing    the pictures: drawing them in {data}", flush=True)
-        coco_eval.make_shapes(data)
-    if clip == "runs/toy-clip/ckpt.pt" and not Path(clip).exists():
-        print("missing    the image encoder: a tiny CLIP, trained on these pictures", flush=True)
-        train_clip(data, clip)
 
 
 def fingerprint(module):
@@ -1072,8 +1052,7 @@ def flags():
     group.add_argument("--grid-size", default="4x8", choices=grids, help="of vision tokens (4x8)")
     group = parser.add_argument_group("training")
     group.add_argument("--out", metavar="DIR", help="the run (default: runs/<setup>-<bridge>)")
-    group.add_argument("--epochs", type=positive, help="passes over the pictures")
-    group.add_argument("--steps", dest="max_steps", type=positive, help="instead of --epochs")
+    group.add_argument("--steps", dest="max_steps", type=positive, help="updates of the bridge")
     group.add_argument("--batch", dest="batch_size", type=positive, help="pictures a step")
     group.add_argument("--micro-batch", type=positive, help="pictures at once, for less memory")
     group.add_argument("--lr", type=number(float, 0, 1), help="the highest learning rate")
@@ -1085,7 +1064,6 @@ def flags():
     group.add_argument("--temperature", type=number(float, 0, 100), help="of sampling (0.8)")
     group.add_argument("--top-p", type=number(float, 0.001, 1), help="of sampling (0.9)")
     group.add_argument("--beam", type=number(int, 2), metavar="W", help="beam search (else greedy)")
-    group.add_argument("--length-penalty", type=number(float, 0, 10), help="of --beam (1.0)")
     group.add_argument("--grid", metavar="FILE", help="draw the pictures with their captions")
     return parser
 
@@ -1099,8 +1077,6 @@ def main():
     sampling = ("--num", "--temperature", "--top-p")
     if args.beam:
         parser.refuse(args, "--beam", *sampling)
-    else:
-        parser.refuse(args, "captions without --beam", "--length-penalty")
     if not args.sample:
         parser.refuse(args, "anything but --sample", *sampling, "--grid", "--ckpt")
     if args.compare:

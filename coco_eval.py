@@ -356,8 +356,7 @@ def align(reference, candidate, beam=40):
     Returns [(i, j), ...] for candidate[i] and reference[j]. A stem that occurs n times here and m
     times there makes min(n, m) pairs whatever is chosen; which ones is searched from left to right.
     A state is (positions of the reference in use, the last one), and the best way to each is kept.
-    The limits, `beam` states and the 8 nearest positions, matter only where a word is repeated
-    again and again.
+    The limit of `beam` states matters only where a word is repeated again and again.
     """
     places = {}
     for j, word in enumerate(reference):
@@ -372,7 +371,7 @@ def align(reference, candidate, beam=40):
             ways = []
             if left[stem(word)] >= len(free):  # enough of this word follow: it may stay alone
                 ways.append(((used, None), (chunks, crossing, pairs)))
-            for j in nearest(free, i, last):
+            for j in free:
                 breaks = last is None or j != last + 1
                 way = (chunks + breaks, crossing + abs(i - j), (*pairs, (i, j)))
                 ways.append(((used | 1 << j, j), way))
@@ -384,13 +383,6 @@ def align(reference, candidate, beam=40):
             order = sorted(states.items(), key=lambda item: (-len(item[1][2]), item[1]))
             states = dict(order[:beam])
     return list(min(states.values())[2])
-
-
-def nearest(free, i, last):
-    """At most 8 of the free positions: the one after the last, and those nearest to i."""
-    if len(free) <= 8:
-        return free
-    return sorted(free, key=lambda j: (last is None or j != last + 1, abs(i - j)))[:8]
 
 
 ENDINGS = [
@@ -464,40 +456,33 @@ def score_tokens(references, candidates):
 # [{"image_id", "caption"}]}, and results [{"image_id", "caption"}]
 
 
-def caption_pairs(entries, path):
-    """[(id of the picture, caption), ...] of annotations or results; UserError for a bad entry."""
-    if not isinstance(entries, list):
-        raise UserError(f"{path} has no list of captions in COCO's format: use another file")
-    for i, entry in enumerate(entries, 1):
-        good = isinstance(entry, dict) and isinstance(entry.get("caption"), str)
-        if not good or not is_id(entry.get("image_id")):
-            wanted = 'an "image_id" (integer or string) and a "caption" (string)'
-            raise UserError(f"{path}: entry {i} needs {wanted}: correct {str(entry)[:50]}")
-    return [(entry["image_id"], entry["caption"]) for entry in entries]
-
-
-def is_id(value):
-    """Whether this can be the id of a picture: an integer or a string."""
-    return isinstance(value, (int, str)) and not isinstance(value, bool)
+def checked(entry, id, text):
+    """(entry[id], entry[text]), an integer or string, and a string; else a TypeError."""
+    values = entry.get(id), entry.get(text)
+    if type(values[0]) not in (int, str) or type(values[1]) is not str:
+        raise TypeError(f'"{id}" or "{text}" of {entry}')
+    return values
 
 
 def read_references(path):
     """{id: [caption, ...]} of a COCO annotation file."""
-    content = fineweb.read_json(path)
     references = {}
-    annotations = content.get("annotations") if isinstance(content, dict) else None
-    for id, caption in caption_pairs(annotations, path):
-        references.setdefault(id, []).append(caption)
+    with fineweb.whole(path, 'COCO\'s "annotations", each with an "image_id" and a "caption"'):
+        for entry in json.loads(Path(path).read_bytes())["annotations"]:
+            id, caption = checked(entry, "image_id", "caption")
+            references.setdefault(id, []).append(caption)
     return references
 
 
 def read_results(path):
     """{id: caption} of a COCO result file; UserError when a picture has two."""
     results = {}
-    for id, caption in caption_pairs(fineweb.read_json(path), path):
-        if id in results:
-            raise UserError(f"{path} has two captions for picture {id}: keep one")
-        results[id] = caption
+    with fineweb.whole(path, 'a list of results, each with an "image_id" and a "caption"'):
+        for entry in json.loads(Path(path).read_bytes()):
+            id, caption = checked(entry, "image_id", "caption")
+            if id in results:
+                raise UserError(f"{path} has two captions for picture {id}: keep one")
+            results[id] = caption
     return results
 
 
@@ -509,24 +494,22 @@ def read_dataset(folder, split):
     for "val". Raises UserError when there is no such file, or an id is wrong, twice or unknown.
     """
     path, pictures, shared = find_layout(Path(folder), split)
-    content = fineweb.read_json(path)
-    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
-        raise UserError(f'{path} has no list of "images": it should be in COCO\'s format')
     dataset = {}
-    for entry in content["images"]:
-        file_name = entry.get("file_name") if isinstance(entry, dict) else None
-        if not isinstance(file_name, str) or not is_id(entry.get("id")):
-            raise UserError(f'{path}: {str(entry)[:50]} needs an "id" and a "file_name"')
-        if str(entry["id"]) in dataset:
-            raise UserError(f"{path}: picture {entry['id']} is there twice: keep one")
-        scene = entry.get("scene") if content.get("generator") == TOY_GENERATOR else None
-        file = pictures / safe_name(file_name, path)
-        picture = {"id": entry["id"], "path": file, "captions": [], "scene": scene}
-        dataset[str(entry["id"])] = picture
-    for id, caption in caption_pairs(content.get("annotations"), path):
-        if str(id) not in dataset:
-            raise UserError(f"{path}: a caption's picture {id} is not among the images: remove it")
-        dataset[str(id)]["captions"].append(caption)
+    with fineweb.whole(path, "COCO annotations of images with id and file_name"):
+        content = json.loads(path.read_bytes())
+        toy = content.get("generator") == TOY_GENERATOR
+        for entry in content["images"]:
+            id, name = checked(entry, "id", "file_name")
+            if str(id) in dataset:
+                raise UserError(f"{path}: picture {id} is there twice: keep one")
+            file = pictures / safe_name(name, path)
+            scene = entry["scene"] if toy else None
+            dataset[str(id)] = {"id": id, "path": file, "captions": [], "scene": scene}
+        for entry in content["annotations"]:
+            id, caption = checked(entry, "image_id", "caption")
+            if str(id) not in dataset:
+                raise UserError(f"{path}: picture {id} of a caption is not there: remove it")
+            dataset[str(id)]["captions"].append(caption)
     captioned = [picture for picture in dataset.values() if picture["captions"]]
     if len(captioned) < (2 if shared else 1):
         raise UserError(f"{path} has too few captions: two pictures with captions are needed")
@@ -615,8 +598,7 @@ def download_coco(folder, val_only=False):
             if name == "annotations":
                 address = "annotations/annotations_trainval2017.zip"
             archive = folder / Path(address).name
-            part = folder / (archive.name + ".part")
-            done = part.stat().st_size if part.exists() else 0
+            done = sum(file.stat().st_size for file in folder.glob(f"{archive.name}*"))
             fineweb.require_space(folder, 2 * size - done)  # an archive, and what is in it
             unpack(fineweb.download(f"{HOST}/{address}", archive, size, digest), folder, name)
     print(f"COCO 2017 is in {folder}")
@@ -770,29 +752,15 @@ def table(scores, of):
     return "\n".join([*lines, f"{len(scores['per_image']):,} of {of:,} pictures scored"])
 
 
-def ranking(systems, of):
-    """Several systems' scores as lines, the best CIDEr first. systems: {name: evaluate(...)}."""
-    lines = [f"   CIDEr   METEOR   BLEU-4  ROUGE-L  pictures ({METEOR_NAME})"]
-    for name, scores in sorted(systems.items(), key=lambda item: -item[1]["corpus"]["CIDEr"]):
-        metrics = [scores["corpus"][key] for key in ("CIDEr", "METEOR", "BLEU-4", "ROUGE-L")]
-        numbers = "".join(f"{value:8.4f} " for value in metrics)
-        lines.append(f"{numbers} {len(scores['per_image']):,} of {of:,}  {name}")
-    if len({frozenset(map(str, scores["per_image"])) for scores in systems.values()}) > 1:
-        lines.append("they were scored on different pictures: their CIDEr cannot be compared")
-    return "\n".join(lines)
-
-
 def score_files(references_path, results_paths, out):
-    """Score result files, print the table, and write everything to `out`."""
+    """Score result files, print a table for each, and write everything to `out`."""
     references = read_references(references_path)
-    systems = {str(path): evaluate(references, read_results(path)) for path in results_paths}
-    if len(systems) == 1:
-        systems = systems[str(results_paths[0])]
-        print(table(systems, len(references)))
-    else:
-        print(ranking(systems, len(references)))
+    systems = {}
+    for path in map(str, results_paths):
+        systems[path] = evaluate(references, read_results(path))
+        print(f"{path}\n{table(systems[path], len(references))}\n")
     with fineweb.atomic_write(out, "w") as file:
-        json.dump(systems, file)
+        json.dump(systems if len(systems) > 1 else systems[path], file)
     print(f"all scores, of each picture too: {out}")
 
 

@@ -101,24 +101,15 @@ def write_shard(path, tokens):
 
 
 def read_shard(path):
-    """Memory-map the tokens of a shard (uint16): llm.c's .bin, or the .npy of build-nanogpt.
+    """Memory-map the tokens of a shard (uint16).
 
     Raises UserError when the file is not a shard, or is not as long as its header says.
     """
-    path = Path(path)
-    if path.suffix == ".npy":
-        try:
-            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise UserError(f"{path} is not a whole shard ({error}): make it again") from None
-        if tokens.dtype != np.uint16 or tokens.ndim != 1:
-            raise UserError(f"{path} is not a row of uint16 tokens: make it again")
-        return tokens
     header = np.fromfile(path, dtype="<i4", count=256)
     if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION:
         raise UserError(f"{path} is not a shard of tokens: make one with fineweb.py")
     count = int(header[2])  # int32 would overflow below, at 2^30 tokens
-    if path.stat().st_size != HEADER_BYTES + 2 * count:
+    if os.path.getsize(path) != HEADER_BYTES + 2 * count:
         raise UserError(f"{path} is not as long as its header says: make it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
 
@@ -134,10 +125,11 @@ def read_tokens_info(folder):
     path = Path(folder) / "tokens.json"
     if not path.exists():
         return {"tokenizer": "gpt2", "source": "unknown"}
-    info = read_json(path)
-    if not isinstance(info, dict) or info.get("tokenizer") not in ("gpt2", "tiny"):
-        raise UserError(f"{path} does not name the tokenizer gpt2 or tiny: correct it")
-    return info
+    with whole(path, 'a JSON object that names the "tokenizer" gpt2 or tiny'):
+        info = json.loads(path.read_bytes())
+        if info["tokenizer"] not in ("gpt2", "tiny"):
+            raise ValueError(info["tokenizer"])
+        return info
 
 
 # -----------------------------------------------------------------------------
@@ -154,7 +146,7 @@ def fetch_fineweb(tokens, folder):
     names = ["finewebedu_val_000000.bin"]
     names += [f"finewebedu_train_{number:06d}.bin" for number in range(1, count + 1)]
     missing = [name for name in names if not (folder / name).exists()]
-    require_space(folder, len(missing) * (HEADER_BYTES + 2 * SHARD_TOKENS))
+    require_space(folder, 2 * len(missing) * SHARD_TOKENS)
     for name in missing:
         hub_download(FINEWEB_REPO, name, repo_type="dataset", local_dir=folder)
     write_tokens_info(folder, "gpt2", f"FineWeb-Edu, {FINEWEB_REPO}")
@@ -170,30 +162,31 @@ def read_documents(paths):
 
     Raises UserError, naming the place, for bytes that are not UTF-8 and an entry without "text".
     """
-    readers = {".jsonl": read_jsonl, ".parquet": read_parquet}
-    readers[".txt"] = lambda path: [path.read_bytes().decode("utf-8-sig")]  # line ends stay
     for path in map(Path, paths):
-        if path.suffix.lower() not in readers:
+        kind = path.suffix.lower()
+        if kind == ".txt":
+            with whole(path, "text in UTF-8"):
+                texts = [path.read_bytes().decode("utf-8-sig")]  # line ends stay
+        elif kind == ".jsonl":
+            texts = read_jsonl(path)
+        elif kind == ".parquet":
+            texts = read_parquet(path)
+        else:
             raise UserError(f"{path} is not .txt, .jsonl or .parquet: convert or rename it")
-        try:
-            for number, text in enumerate(readers[path.suffix.lower()](path), 1):
-                if not isinstance(text, str):
-                    raise UserError(f'{path}: document {number} has no "text": correct it')
-                if text:
-                    yield text
-        except UnicodeDecodeError:
-            raise UserError(f"{path} is not UTF-8: convert it") from None
+        for number, text in enumerate(texts, 1):
+            if not isinstance(text, str):
+                raise UserError(f'{path}: document {number} has no "text": correct it')
+            if text:
+                yield text
 
 
 def read_jsonl(path):
     """Yield "text" of each line."""
-    with open(path, encoding="utf-8-sig") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            try:
-                if line.strip():
-                    yield json.loads(line).get("text")
-            except (ValueError, AttributeError, RecursionError):
-                raise UserError(f"{path}: line {number} is not a JSON object: correct it") from None
+            with whole(f"{path} line {number}", 'a JSON object with a "text", in UTF-8'):
+                text = json.loads(line.decode("utf-8-sig"))["text"] if line.strip() else ""
+            yield text
 
 
 def read_parquet(path):
@@ -202,12 +195,10 @@ def read_parquet(path):
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{path} needs pyarrow: pip install pyarrow") from None
-    try:
+    with whole(path, 'parquet with a "text" in each row'):
         file = pyarrow.parquet.ParquetFile(path)
         for batch in file.iter_batches(batch_size=1000, columns=["text"]):
             yield from batch.column(0).to_pylist()
-    except (pyarrow.ArrowException, IndexError):
-        raise UserError(f'{path} is not parquet with a column "text": make it again') from None
 
 
 def text_to_shards(paths, folder, val_fraction=0.01, shard_tokens=SHARD_TOKENS):
@@ -577,20 +568,24 @@ def lock(folder):
         os.close(handle)
 
 
-def read_json(path):
-    """What a JSON file holds; UserError when it is not whole."""
+@contextlib.contextmanager
+def whole(path, what, *errors, what_to_do="correct it, or get it again"):
+    """Reading a file: what goes wrong in the body is one UserError, `path` is not `what`.
+
+    The body takes for granted that the file is as it should be; what it then stumbles over, or one
+    of `errors`, becomes the reason.
+    """
+    stumbles = (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)
     try:
-        return json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError) as error:
-        reason = str(error)[:50]
-        raise UserError(f"{path} is not whole JSON ({reason}): make it again") from None
+        yield
+    except (*stumbles, EOFError, *errors) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:70]
+        raise UserError(f"{path} is not {what} ({reason}): {what_to_do}") from None
 
 
 def require_space(folder, size):
-    """Raise UserError unless `size` bytes are free where `folder` is, or will be."""
-    folder = Path(folder).absolute()
-    while not folder.exists():
-        folder = folder.parent
+    """Make the folder; raise UserError unless `size` bytes are free there."""
+    folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < size:
         needed = f"{size / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free"
@@ -616,13 +611,12 @@ def download(url, path, size=None, digest=None, tries=5):
     path = Path(path)
     if path.exists() and (size is None or size == path.stat().st_size):
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     failures = 0
     while True:
-        part.touch()
-        before = part.stat().st_size
+        before = part.stat().st_size if part.exists() else 0
         require_space(path.parent, (size or 0) - before)
+        part.touch()
         try:
             fetch_rest(url, part)
             break

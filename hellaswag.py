@@ -42,40 +42,32 @@ FILE = Path("data/hellaswag/hellaswag_val.jsonl")
 
 
 def load_examples(path=None):
-    """The published validation items, downloaded once, or those of another file: (items, note).
+    """The published validation items, downloaded once, or those of another file.
 
     Raises UserError when the file cannot be had or is not whole, and for a line that is no item.
     """
-    if path is None:
-        path = fineweb.download(URL, FILE, digest=SHA256)
-    published = fineweb.file_digest(path, SHA256) == SHA256
-    if path == FILE and not published:
-        raise UserError(f"{path} is not the published file: remove it, or use --hellaswag {path}")
-    lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
+    path = path or fineweb.download(URL, FILE, digest=SHA256)
+    if path == FILE and fineweb.file_digest(path, SHA256) != SHA256:
+        raise UserError(f"{path} is not the published file: remove it")
     examples = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            examples.append(parse(line, f"{path} line {number}"))
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        fields = "an item with ctx, ctx_a, ctx_b, activity_label, four endings and a label, 0 to 3"
+        with fineweb.whole(f"{path} line {number}", fields):
+            if line.strip():
+                examples.append(parse(json.loads(line.decode("utf-8-sig"))))
     if not examples:
         raise UserError(f"{path} has no items: name a file that has some")
-    return examples, "" if published else f"{path}, not the published file"
+    return examples
 
 
-def parse(line, where):
-    """One line of the file as a dict, its label an integer; UserError when it is no item."""
-    try:
-        example = json.loads(line)
-        texts = [example[key] for key in ("ctx", "ctx_a", "ctx_b", "activity_label")]
-        texts += example["endings"]
-        label = int(example["label"])
-        if len(texts) != 8 or not texts[0] or not all(isinstance(t, str) for t in texts):
-            raise ValueError
-        if str(label) != str(example["label"]) or label not in range(4):
-            raise ValueError
-    except (ValueError, KeyError, TypeError, RecursionError):
-        fields = "ctx, ctx_a, ctx_b, activity_label, four endings and a label from 0 to 3"
-        raise UserError(f"{where} is not an item with {fields}: get the file again") from None
-    return example | {"label": label}
+def parse(example):
+    """An item of the file, its label an integer; ValueError, KeyError or TypeError for another."""
+    texts = [example[key] for key in ("ctx", "ctx_a", "ctx_b", "activity_label")]
+    texts += example["endings"]
+    "".join(texts)  # all must be strings
+    if len(texts) != 8 or not texts[0]:
+        raise ValueError("a text is missing")
+    return example | {"label": ["0", "1", "2", "3"].index(str(example["label"]))}
 
 
 def subset(examples, limit):
@@ -99,9 +91,10 @@ class Item:
     label: int
 
 
-def render(example, tokenizer, harness=False):
+def render(example, tokenizer, method="token mean"):
     """An example as token ids; the context and each ending are tokenized by themselves."""
     encode = tokenizer.encode_ordinary
+    harness = method == "harness"
     context = example["ctx"]
     endings = example["endings"]
     if harness:
@@ -136,21 +129,16 @@ def count_correct(items, losses):
     return int(by_sum), int(by_mean)
 
 
-def report(scores, notes=()):
-    """Lines for {"acc", "acc_norm", "harness_acc", "harness_acc_norm"} (or two of them) and "n"."""
-    n = max(scores["n"], 1)
-    lines = []
-    for label, prefix in (("token mean", ""), ("harness", "harness_")):
-        if f"{prefix}acc" in scores:
-            acc = f"{prefix}acc {scores[f'{prefix}acc']:.4f}"
-            norm = scores[f"{prefix}acc_norm"]
-            error = math.sqrt(norm * (1 - norm) / n)
-            counts = f"({round(norm * n):,} of {scores['n']:,})"
-            lines.append(
-                f"HellaSwag  {label:10} {acc}, {prefix}acc_norm {norm:.4f} ± {error:.4f} {counts}")
+def report(scores, method="token mean"):
+    """A line for {"acc", "acc_norm", "n", "skipped"}, measured as the head of this file says."""
+    prefix = "harness_" if method == "harness" else ""
+    norm = scores["acc_norm"]
+    error = math.sqrt(norm * (1 - norm) / max(scores["n"], 1))
+    line = f"HellaSwag  {method:10} {prefix}acc {scores['acc']:.4f}, {prefix}acc_norm {norm:.4f}"
+    line += f" ± {error:.4f} of {scores['n']:,} items"
     if scores["skipped"]:
-        lines.append(f"{scores['skipped']:,} items skipped: an ending is longer than the context")
-    return "\n".join([*lines, *notes])
+        line += f"; {scores['skipped']:,} skipped: an ending is longer than the context"
+    return line
 
 
 def main():
@@ -158,13 +146,13 @@ def main():
     parser = fineweb.ArgumentParser(__doc__)
     parser.add_argument("file", nargs="?", help="another file of items")
     args = parser.parse_args()
-    examples, note = load_examples(args.file)
+    examples = load_examples(args.file)
     tokenizer = fineweb.get_tokenizer("gpt2")
-    print(f"{len(examples):,} items. {note}\nThe first one:")
-    for label, harness in (("token mean", False), ("harness", True)):
-        item = render(examples[0], tokenizer, harness)
+    print(f"{len(examples):,} items. The first one:")
+    for method in ("token mean", "harness"):
+        item = render(examples[0], tokenizer, method)
         context = tokenizer.decode(item.context)
-        print(f"\n{label}\n  context ({len(item.context)} tokens)  {context}")
+        print(f"\n{method}\n  context ({len(item.context)} tokens)  {context}")
         for k, ending in enumerate(item.endings):
             mark = "right" if k == item.label else ""
             print(f"  {mark:5} ({len(ending):2} tokens)   {tokenizer.decode(ending)}")

@@ -631,7 +631,8 @@ def train(args):
                 row = run.progress(loss, lr, norm, recipe.batch_size, flops_per_token(config))
             if is_eval_step:
                 row |= validate(parallel, config, val_sets, tokenizer, recipe, device)
-                row |= validate_hellaswag(model, items, run.step, device)
+                if items and run.step >= recipe.eval_every:  # a trial of 20 steps need not wait
+                    row["hellaswag"] = evaluate_hellaswag(model, items, device)["acc_norm"]
             run.log(row)
             if is_eval_step or stop:
                 run.save(model, optimizer)
@@ -770,8 +771,8 @@ def ending_losses(model, items, device):
     return losses
 
 
-def evaluate_hellaswag(model, items, device, prefix=""):
-    """{"acc", "acc_norm", "n", "skipped"}; each rank takes its share of the items.
+def evaluate_hellaswag(model, items, device, method="token mean"):
+    """Print and return {"acc", "acc_norm", "n", "skipped"}; each rank takes its share of the items.
 
     "skipped": items with an ending that does not fit into the context.
     """
@@ -781,8 +782,10 @@ def evaluate_hellaswag(model, items, device, prefix=""):
         losses = ending_losses(model, mine, device)
     correct = torch.tensor(hellaswag.count_correct(mine, losses), device=device)
     acc, acc_norm = (all_reduce(correct) / max(len(fitting), 1)).tolist()
-    scores = {f"{prefix}acc": acc, f"{prefix}acc_norm": acc_norm}
-    return scores | {"n": len(fitting), "skipped": len(items) - len(fitting)}
+    scores = {"acc": acc, "acc_norm": acc_norm}
+    scores |= {"n": len(fitting), "skipped": len(items) - len(fitting)}
+    print(hellaswag.report(scores, method), flush=True)
+    return scores
 
 
 def load_hellaswag(tokenizer):
@@ -790,22 +793,13 @@ def load_hellaswag(tokenizer):
     examples = []
     try:
         with rank_zero_first():
-            examples, _ = hellaswag.load_examples()
+            examples = hellaswag.load_examples()
     except UserError as error:
         print(f"HellaSwag  is not measured: {error}", flush=True)
     missing = torch.tensor(float(not examples), device=pick_device())
     if all_reduce(missing).item():  # all ranks measure it or none, or they would wait for ever
         return []
     return [hellaswag.render(example, tokenizer) for example in examples]
-
-
-def validate_hellaswag(model, items, step, device):
-    """Print the accuracy; returns it as a column of the log. Not in the first steps of a trial."""
-    if not items or step < 250:
-        return {}
-    scores = evaluate_hellaswag(model, items, device)
-    print(f"           {hellaswag.report(scores)}", flush=True)
-    return {"hellaswag": scores["acc_norm"]}
 
 
 # -----------------------------------------------------------------------------
@@ -851,11 +845,14 @@ def from_pretrained(name):
     if not path.exists():
         raise UserError(f"{path} is not there: save the model as one safetensors file")
     config_file = path.with_name("config.json")
-    config = fineweb.read_json(config_file) if config_file.exists() else {}
-    for key, values in COMPUTED.items():
-        if config.get(key, values[0]) not in values:
-            raise UserError(f"{path}: {key} is {config[key]!r}, {values[0]!r} is computed here")
-    try:
+    config = {}
+    with fineweb.whole(config_file, "a model's configuration"):
+        if config_file.exists():
+            config = json.loads(config_file.read_bytes())
+        for key, values in COMPUTED.items():
+            if config.get(key, values[0]) not in values:
+                raise UserError(f"{path}: {key} is {config[key]!r}, {values[0]!r} is computed here")
+    with fineweb.whole(path, "a whole GPT-2", SafetensorError, RuntimeError):
         tensors = {name.removeprefix("transformer."): t for name, t in load_file(path).items()}
         V, C = tensors["wte.weight"].shape
         table = tensors["wte.weight"]
@@ -869,9 +866,6 @@ def from_pretrained(name):
         for name in model.state_dict():
             tensors[name] = tensors[name].T if is_conv1d(name) else tensors[name]
         model.load_state_dict({name: tensors[name] for name in model.state_dict()})
-    except (SafetensorError, KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is not a whole GPT-2 ({reason}): get it again") from None
     return model, config.get("tokenizer", "gpt2")
 
 
@@ -961,16 +955,10 @@ def evaluate(args):
         print("no HellaSwag: its items are longer than the context of this model")
         return
     with rank_zero_first():
-        examples, note = hellaswag.load_examples(args.hellaswag)
-    chosen = hellaswag.subset(examples, args.limit)
-    notes = [note] if note else []
-    if len(chosen) < len(examples):
-        notes.append(f"{len(chosen):,} of {len(examples):,} items, always the same random ones")
-    scores = {}
-    for prefix in ("", "harness_"):
-        items = [hellaswag.render(example, tokenizer, bool(prefix)) for example in chosen]
-        scores |= evaluate_hellaswag(model, items, device, prefix)
-    print(hellaswag.report(scores, notes))
+        examples = hellaswag.subset(hellaswag.load_examples(), args.limit)
+    for method in ("token mean", "harness"):
+        items = [hellaswag.render(example, tokenizer, method) for example in examples]
+        evaluate_hellaswag(model, items, device, method)
 
 
 def default_checkpoint():
@@ -1342,21 +1330,17 @@ def read_checkpoint(path, holds="run"):
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path} is not there: train first, or name another --ckpt")
-    damage = (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, RuntimeError, KeyError)
-    try:
+    before = path.with_suffix(".prev.pt")
+    what_to_do = f"rename {before} to it" if before.exists() else "name another, or --restart"
+    what = f"a whole checkpoint of a {holds}, format {FORMAT}"
+    damage = (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, RuntimeError)
+    with fineweb.whole(path, what, *damage, what_to_do=what_to_do):
         with zipfile.ZipFile(path) as parts:  # PyTorch does not look at the checksums
             if parts.testzip():
-                raise zipfile.BadZipFile
+                raise zipfile.BadZipFile("its checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if "format" not in checkpoint:
-            raise UserError(f"{path} is a checkpoint of another program: name another --ckpt")
-    except (*damage, EOFError, TypeError, ValueError, NotImplementedError):
-        other = path.with_suffix(".prev.pt")
-        what_to_do = f"rename {other} to it" if other.exists() else "remove it, if it is ours"
-        raise UserError(f"{path} is damaged, or not a checkpoint: {what_to_do}") from None
-    if checkpoint["format"] != FORMAT or holds not in checkpoint:
-        reason = f"{path} is of another kind (format {checkpoint['format']}, {FORMAT} is read here)"
-        raise UserError(f"{reason}: name another --ckpt, or begin anew with --restart")
+        if checkpoint["format"] != FORMAT or holds not in checkpoint:
+            raise ValueError(f"format {checkpoint['format']} with {', '.join(checkpoint)}")
     return checkpoint
 
 
@@ -1395,34 +1379,43 @@ def curve(rows, key):
 
 def draw_curves(path, panels):
     """Line charts side by side; panels: {title: {label of a line: [(step, y), ...]}}."""
-    width, height = 1800, 960  # of a panel; halved at the end, for smooth lines
-    image = Image.new("RGB", (width * len(panels), height), "white")
-    draw = ImageDraw.Draw(image)
-    font = ImageFont.load_default(30)
-    colors = ("#94a3b8", "#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed")
-    for left, (title, lines) in zip(range(140, 10**6, width), panels.items(), strict=False):
-        points = np.array(sum(lines.values(), [])).reshape(-1, 2)
-        ticks = [nice_ticks(points[:, 0]), nice_ticks(points[:, 1])]
-        low = np.array([ticks[0][0], ticks[1][0]])
-        span = np.array([ticks[0][-1], ticks[1][-1]]) - low
-        corner = np.array([left, height - 120])  # the pixel of `low`
-        scale = np.array([width - 200, 220 - height]) / span
-        for axis in (0, 1):
-            for tick in ticks[axis]:
-                begin = corner + (np.eye(2)[axis] * (tick - low)) * scale
-                end = begin + np.eye(2)[1 - axis] * span * scale
-                draw.line([*begin, *end], "#e5e7eb", 2)
-                shift, anchor = ((0, 16), "mt") if axis == 0 else ((-16, 0), "rm")
-                draw.text(tuple(begin + shift), f"{tick:,.6g}", "#374151", font, anchor)
-        draw.text((left + width / 2, 28), f"{title}, by step", "#111827", font, "mt")
-        for i, (label, line) in enumerate(lines.items()):
-            pixels = corner + (np.array(line).reshape(-1, 2) - low) * scale
-            draw.line(pixels.ravel().tolist(), colors[i % 6], 5, "curve")
-            x = left + 280 * i  # the legend stands below the chart
-            draw.line([(x, height - 36), (x + 50, height - 36)], colors[i % 6], 8)
-            draw.text((x + 64, height - 36), label, "#111827", font, "lm")
+    image = Image.new("RGB", (1800 * len(panels), 960), "white")
+    for i, (title, lines) in enumerate(panels.items()):
+        draw_panel(ImageDraw.Draw(image), 1800 * i, f"{title}, by step", lines)
     with fineweb.atomic_write(path) as file:
-        image.reduce(2).save(file, "PNG")
+        image.reduce(2).save(file, "PNG")  # halved: smooth lines
+
+
+def draw_panel(draw, x0, title, lines):
+    """One chart, 1800 x 960 pixels, whose left edge is at x0."""
+    left = x0 + 140
+    right = x0 + 1740
+    top = 100
+    bottom = 840
+    points = np.array(sum(lines.values(), [])).reshape(-1, 2)
+    x_ticks = nice_ticks(points[:, 0])
+    y_ticks = nice_ticks(points[:, 1])
+    font = ImageFont.load_default(30)
+
+    def pixels(x, y):
+        x = np.interp(x, [x_ticks[0], x_ticks[-1]], [left, right])
+        return x, np.interp(y, [y_ticks[0], y_ticks[-1]], [bottom, top])
+
+    for tick in x_ticks:
+        x, _ = pixels(tick, 0)
+        draw.line((x, top, x, bottom), "#e5e7eb", 2)
+        draw.text((x, bottom + 16), f"{tick:,.6g}", "#374151", font, "mt")
+    for tick in y_ticks:
+        _, y = pixels(0, tick)
+        draw.line((left, y, right, y), "#e5e7eb", 2)
+        draw.text((left - 16, y), f"{tick:,.6g}", "#374151", font, "rm")
+    draw.text(((left + right) / 2, 28), title, "#111827", font, "mt")
+    for i, (label, line) in enumerate(lines.items()):
+        color = ("#94a3b8", "#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed")[i % 6]
+        draw.line([pixels(x, y) for x, y in line], color, 5, "curve")
+        x = left + 280 * i  # the legend stands below the chart
+        draw.line((x, 924, x + 50, 924), color, 8)
+        draw.text((x + 64, 924), label, "#111827", font, "lm")
 
 
 def nice_ticks(values):
@@ -1483,25 +1476,21 @@ def choose_recipe(recipe, args, T):
 def open_shards(folder):
     """The shards of a folder: (training set, {name: validation set}). UserError if one is missing.
 
-    Shards are NAME_train_000001.bin, NAME_val_000000.bin (or .npy); several NAMEs of validation
-    shards are several validation sets.
+    Shards are NAME_train_000001.bin, NAME_val_000000.bin; several NAMEs of validation shards are
+    several validation sets.
     """
-    train = {}
+    train = []
     val = {}
-    for path in sorted(Path(folder).glob("*")):
-        match = re.fullmatch(r"(.+)_(train|val)(?:_\d+)?\.(?:bin|npy)", path.name)
-        if match:
-            paths = train if match[2] == "train" else val.setdefault(match[1], {})
-            if path.stem in paths:
-                raise UserError(f"{folder} has {path.stem} as .bin and as .npy: remove one of them")
-            paths[path.stem] = path
+    for path in sorted(Path(folder).glob("*.bin")):
+        if match := re.fullmatch(r"(.+)_(train|val)(_\d+)?", path.stem):
+            paths = train if match[2] == "train" else val.setdefault(match[1], [])
+            paths.append(path)
     if not train or not val:
         wanted = "shards NAME_train_000001.bin and NAME_val_000000.bin"
         raise UserError(f"{folder} has no {wanted}: make them with fineweb.py")
     if len(val) == 1:
         val = {"val": val.popitem()[1]}
-    val_sets = {name: TokenDataset(paths.values()) for name, paths in val.items()}
-    return TokenDataset(train.values()), val_sets
+    return TokenDataset(train), {name: TokenDataset(paths) for name, paths in val.items()}
 
 
 def open_data(folder, config):
@@ -1523,9 +1512,7 @@ def describe(run, preset, data, model, train_set, device):
     precision = "bf16 products, fp32 weights" if uses_bf16(device) else "fp32"
     parameters = sum(p.numel() for p in model.parameters())
     epochs = recipe.max_steps * recipe.batch_size / len(train_set)
-    state = f"; going on after step {run.step:,}" if run.step else ""
-    if run.step >= recipe.max_steps:
-        state = "; it is finished, --restart starts over"
+    state = f"; {run.step:,} are done (--restart starts over)" if run.step else ""
     print(f"model      {preset}: {parameters:,} parameters on {world_size()} x {name}, {precision}")
     print(f"data       {data}: {len(train_set):,} tokens, {recipe.batch_size:,} for each step")
     steps = f"{recipe.max_steps:,} steps, {epochs:.1f} epochs"
@@ -1573,8 +1560,7 @@ def main(arguments=None):
     group.add_argument("--eval", action="store_true", help="validation loss and HellaSwag")
     group.add_argument("--export-hf", metavar="DIR", help="write a folder for transformers")
     group.add_argument("--ckpt", help="checkpoint, run, folder for transformers, or gpt2, gpt2-xl")
-    group.add_argument("--limit", type=positive, help="HellaSwag on so many of its items")
-    group.add_argument("--hellaswag", metavar="FILE", help="HellaSwag on the items of another file")
+    group.add_argument("--limit", type=positive, help="HellaSwag on so many of its items, random")
     group.add_argument("--max-new-tokens", type=positive, help="of a sample (default: 200)")
     group.add_argument("--temperature", type=number(float, 0, 100), help="(default: 0.8)")
     group.add_argument("--top-k", type=positive, help="only the k most probable tokens")
@@ -1583,20 +1569,19 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     join_processes()
     recipe = ("--preset", "--out", "--steps", "--batch-tokens", "--micro-batch", "--lr")
-    scoring = ("--limit", "--hellaswag")
     sampling = ("--max-new-tokens", "--temperature", "--top-k", "--top-p", "--num")
     if args.sample is not None:
-        parser.refuse(args, "--sample", *recipe, *scoring, "--data", "--eval", "--export-hf")
+        parser.refuse(args, "--sample", *recipe, "--limit", "--data", "--eval", "--export-hf")
         sample(args)
     elif args.eval:
         parser.refuse(args, "--eval", *recipe, *sampling, "--export-hf")
         evaluate(args)
     elif args.export_hf:
-        parser.refuse(args, "--export-hf", *recipe, *scoring, *sampling, "--data")
+        parser.refuse(args, "--export-hf", *recipe, *sampling, "--limit", "--data")
         model, tokenizer, _ = load_model(args.ckpt or default_checkpoint())
         export_hf(model, tokenizer, args.export_hf)
     else:
-        parser.refuse(args, "training", "--ckpt", *scoring, *sampling)
+        parser.refuse(args, "training", "--ckpt", "--limit", *sampling)
         train(args)
 
 
