@@ -4,6 +4,8 @@ Pictures in words: a frozen CLIP and a frozen GPT-2, joined by a small bridge th
     python caption.py --bridge linear --sample img.jpg     caption pictures; trains what is missing
     python caption.py --bridge {linear,cross,qformer}      train and score a bridge, draw a grid
     python caption.py --bridge linear --eval [--beam 5]    results.json and scores.json
+    python caption.py --bridge linear --scst               go on, on the captions' own score
+    python caption.py --bridge linear --export FILE        the bridge alone, to share; --ckpt FILE
     python caption.py --compare                            all three under one budget, one table
 
 Without a GPU and COCO this is the toy setup: drawn pictures of colored shapes, a CLIP of 64 x 64
@@ -12,8 +14,8 @@ pixels that is trained here, and the decoder of `python train_gpt2.py`. With --d
 lives in runs/<setup>-<bridge>/: ckpt.pt, best.pt, log.csv, curves.png, grid.png, scores.json.
 
 Chapters: 1 the image encoder, 2 the three bridges, 3 the captioner, 4 training a bridge, 5
-evaluation and comparison, 6 your own pictures. Appendix A: vision tokens on disk, appendix B: the
-toy setup and the full one.
+self-critical training, 6 evaluation and comparison, 7 your own pictures. Appendix A: vision tokens
+on disk, appendix B: the toy setup and the full one.
 
 Letters beside the code: B batch, T time (tokens), C width of the decoder, P prefix, S vision
 tokens, D their width, N targets of a row, V vocabulary, W beams.
@@ -31,11 +33,14 @@ import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
 import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -290,14 +295,17 @@ class Captioner(nn.Module):
         return prefix + self.decoder.wpe.weight[: self.bridge.P]
 
     def pack(self, captions):
-        """Packed captions; captions: for each picture token lists, without <|endoftext|>."""
+        """Packed captions; captions: for each picture token lists, ended by <|endoftext|>."""
         beginning = [self.eot] * self.bridge.P  # placeholders, replaced in loss()
-        rows = [(beginning, [[*tokens, self.eot] for tokens in group]) for group in captions]
-        return train_gpt2.pack(rows)
+        return train_gpt2.pack([(beginning, group) for group in captions])
 
-    def forward(self, vision, packed):
-        """(None, mean loss), as GPT has it with targets."""
-        return None, self.loss(vision, packed)
+    def forward(self, vision, packed, advantages=None):
+        """(None, mean loss), as GPT has it with targets; advantages (B, K): see chapter 5."""
+        if advantages is None:
+            return None, self.loss(vision, packed)
+        nats = self.loss(vision, packed, "none")  # (B, N)
+        weight = advantages.gather(1, packed.owner.clamp(min=0))  # (B, N), of a token's caption
+        return None, (nats * weight).sum() / advantages.numel()
 
     def loss(self, vision, packed, reduction="mean"):
         """Cross-entropy in nats of captions, given vision tokens (B, S, D); see GPT.loss."""
@@ -385,7 +393,7 @@ class PictureSet:
     """Pictures, their vision tokens, and the token ids of their captions."""
 
     pictures: list  # as coco_eval.read_dataset() gives them
-    captions: list  # for each picture a list of token lists
+    captions: list  # for each picture a list of token lists, ended by <|endoftext|>
     features: list  # chunks (CHUNK, S, D), float16, on disk
     rows: np.ndarray  # for each picture its row in all chunks
 
@@ -422,9 +430,8 @@ def get_micro_batches(train_set, captioner, recipe, seed, step):
     """This rank's micro-batches of a step: [(vision, packed captions, share of the targets)]."""
     chosen = train_gpt2.step_indices(seed, step, recipe.batch_size, len(train_set))
 
-    def targets(pictures):  # the tokens of all captions, and an end for each
-        captions = itertools.chain(*(train_set.captions[i] for i in pictures))
-        return sum(len(tokens) + 1 for tokens in captions)
+    def targets(pictures):  # the tokens of all their captions
+        return sum(map(len, itertools.chain(*(train_set.captions[i] for i in pictures))))
 
     mine = np.array_split(chosen, train_gpt2.world_size())[rank()]
     batches = []
@@ -439,17 +446,19 @@ def train(name, setup, args, blind=False):
     """Train a bridge, or go on with its run, until the last step; returns the run's folder."""
     device = pick_device()
     train_set = load_pictures(setup, "train", args)
-    val_set = load_pictures(setup, "val", args)
-    val_set = val_set.subset([i for i in range(len(val_set)) if not held_out(val_set.pictures[i])])
+    val_set, _ = split_unseen(load_pictures(setup, "val", args))
     if blind:
         train_set = train_set.blind()
         val_set = val_set.blind()
     torch.manual_seed(args.seed)
-    captioner = build(name, *train_set.features[0].shape[1:], setup.decoder).to(device)
+    if args.scst:  # goes on from the bridge that was trained with cross-entropy
+        captioner = load_captioner(run_folder(name, args) / "best.pt", setup, args)
+    else:
+        captioner = build(name, *train_set.features[0].shape[1:], setup.decoder).to(device)
     recipe = choose_recipe(name, setup, len(train_set), args)
     optimizer = train_gpt2.configure_optimizer(captioner.bridge, recipe, {"gates": GATE_LR_SCALE})
     kind = describe_run(name, setup, train_set, recipe, args)
-    out = run_folder(name, setup, args, blind)
+    out = run_folder(name, args, blind, args.scst)
     run = Run(out, kind, recipe, "captions", args.restart)
     run.resume(captioner.bridge, optimizer)
     if run.step >= recipe.max_steps:
@@ -458,10 +467,13 @@ def train(name, setup, args, blind=False):
     steps = f"{recipe.max_steps:,} steps of {recipe.batch_size} pictures"
     print(f"bridge     {out}: {parameters:,} trainable parameters, {steps}", flush=True)
     parallel = train_gpt2.parallelize(captioner, device, compile=False)
-    get_batches = functools.partial(get_micro_batches, train_set, captioner, recipe, args.seed)
     captions_a_step = recipe.batch_size * sum(map(len, train_set.captions)) / len(train_set)
+    if args.scst:
+        batches = sampled_batches(train_set, captioner, setup.tokenizer, recipe, run.step, args)
+    else:
+        get = functools.partial(get_micro_batches, train_set, captioner, recipe, args.seed)
+        batches = train_gpt2.prefetch(get, run.step, recipe.max_steps)
     with run:
-        batches = train_gpt2.prefetch(get_batches, run.step, recipe.max_steps)
         for step, micro_batches in batches:
             lr = get_lr(step, recipe)
             train_gpt2.set_lr(optimizer, lr)
@@ -474,7 +486,7 @@ def train(name, setup, args, blind=False):
             if run.step % recipe.log_every == 0 or run.step == 1 or is_eval_step or stop:
                 row = run.progress(loss, lr, norm, captions_a_step)
             if is_eval_step:
-                row |= validate(captioner, val_set, run, device)
+                row |= validate(captioner, val_set, run, setup.tokenizer if args.scst else None)
             run.log(row)
             if is_eval_step or stop:
                 run.save(captioner.bridge, optimizer)
@@ -483,16 +495,26 @@ def train(name, setup, args, blind=False):
     return out
 
 
-def validate(captioner, val_set, run, device):
-    """Print the validation loss, as a column of the log; the best bridge so far is in best.pt."""
-    token, caption = caption_loss(captioner, val_set, device)
+def validate(captioner, val_set, run, tokenizer=None):
+    """Print the validation loss, as a column of the log; the best bridge so far is in best.pt.
+
+    tokenizer: given in self-critical training, where the best is that with the highest CIDEr-D.
+    """
+    token, caption = caption_loss(captioner, val_set, pick_device())
     print(f"           val {token:.4f} nats a token, {caption:.3f} a caption", flush=True)
-    if token < run.best:
-        run.best = token
+    row = {"val_val": token}
+    worst_first = token
+    if tokenizer:
+        scores, _ = score_captions(captioner, val_set, tokenizer)
+        row["cider"] = scores["corpus"]["CIDEr"]
+        print(f"           CIDEr-D of greedy captions {row['cider']:.4f}", flush=True)
+        worst_first = -row["cider"]
+    if worst_first < run.best:
+        run.best = worst_first
         if rank() == 0:
             content = {"run": run.kind, "step": run.step, "model": captioner.bridge.state_dict()}
             train_gpt2.save_checkpoint(run.out / "best.pt", content, keep=False)
-    return {"val_val": token}
+    return row
 
 
 def choose_recipe(name, setup, pictures, args):
@@ -500,6 +522,9 @@ def choose_recipe(name, setup, pictures, args):
     batch = args.batch_size or (32 if setup.toy else 64)
     steps = args.max_steps or (1_000 if setup.toy else math.ceil(4 * pictures / batch))
     lr = LEARNING_RATES[name][0 if setup.toy else 1]
+    if args.scst:  # a step samples captions, which takes longer, and only corrects
+        steps = args.max_steps or math.ceil(steps / 4)
+        lr /= 10
     warmup = max(1, round(0.03 * steps))
     options = {"min_lr_ratio": 0.0, "weight_decay": 0.01, "eval_every": max(1, steps // 10)}
     recipe = train_gpt2.with_flags(Recipe(steps, batch, batch, lr, warmup, **options), args)
@@ -513,21 +538,83 @@ def describe_run(name, setup, train_set, recipe, args):
     """What has to stay the same when a run is continued, and what its bridge needs to be used."""
     S, D = train_set.features[0].shape[1:]
     captions = hashlib.sha256(json.dumps(train_set.captions).encode()).hexdigest()[:16]
-    kind = {"bridge": name, "S": S, "D": D, "grid": args.grid_size, "captions": captions}
+    kind = {"toy": setup.toy, "bridge": name, "S": S, "D": D, "grid": args.grid_size}
+    kind |= {"captions": captions}
     kind |= {"decoder": setup.decoder_name, "clip": setup.encoder.name}
     return kind | {"seed": args.seed, "batch_size": recipe.batch_size}
 
 
-def run_folder(name, setup, args, blind=False):
+def run_folder(name, args, blind=False, scst=False):
     """--out, or runs/<setup>-<bridge>; under --compare each bridge has a folder in --out."""
     folder = f"{name}-blind" if blind else name
+    out = Path(args.out or f"runs/{setup_name(args)}-{folder}")
     if args.compare and args.out:
-        return Path(args.out) / folder
-    return Path(args.out or f"runs/{setup.name}-{folder}")
+        out = out / folder
+    return out.with_name(f"{out.name}-scst") if scst else out
 
 
 # -----------------------------------------------------------------------------
-# 5. Evaluation and comparison
+# 5. Self-critical training: captions that are trained on their score
+
+SAMPLES = 5  # K captions of each picture
+
+
+def sampled_batches(train_set, captioner, tokenizer, recipe, first_step, args):
+    """Yield (step, [(vision, packed samples, advantages (B, K), share of the step's pictures)]).
+
+    Cross-entropy teaches each word after the words that people wrote. What is scored are whole
+    captions of the model's own; their score has no gradient, but their probability has one
+    (REINFORCE), so sampled captions that score well are made more probable (Rennie et al. 2017):
+
+        samples = [sample(picture) for k in range(K)]                    # at temperature 1
+        rewards = [cider(sample) for sample in samples]
+        for k in range(K):
+            baseline = mean of the other rewards                         # Luo 2020
+            loss -= (rewards[k] - baseline) * log_p(samples[k])
+
+    The baseline does not depend on the sample, so on average it changes nothing; it takes away most
+    of the noise: a caption that is as good as the others is left alone. The samples of a step come
+    from the weights of this step. test_self_critical_gradient_equals_the_exact_one
+    """
+    device = pick_device()
+    references = []
+    for picture in train_set.pictures:
+        references.append([coco_eval.tokenize(text) for text in picture["captions"]])
+    cider = coco_eval.CIDEr(references)
+    for step in range(first_step, recipe.max_steps):
+        generator = torch.Generator(device).manual_seed(args.seed * 10**9 + step)
+        chosen = train_gpt2.step_indices(args.seed, step, recipe.batch_size, len(train_set))
+        mine = np.array_split(chosen, train_gpt2.world_size())[rank()]
+        batches = []
+        for part in np.array_split(mine, math.ceil(len(mine) / recipe.micro_batch)):
+            vision = train_set.vision(part).to(device)
+            repeated = vision.repeat_interleave(SAMPLES, 0)  # (B * K, S, D)
+            with autocast(device):
+                rows = captioner.generate(repeated, temperature=1.0, generator=generator)
+            samples = [until_end(row, captioner.eot) for row in rows.tolist()]
+            rewards = []
+            for text, picture in zip(decode(samples, tokenizer), part.repeat(SAMPLES), strict=True):
+                rewards.append(cider.score(references[picture], coco_eval.tokenize(text)))
+            groups = [samples[i : i + SAMPLES] for i in range(0, len(samples), SAMPLES)]
+            packed = captioner.pack(groups)
+            advantages = beyond_the_others(torch.tensor(rewards).view(-1, SAMPLES))
+            batches.append((vision, packed, advantages, len(part) / len(chosen)))
+        yield step, batches
+
+
+def until_end(ids, eot):
+    """A sampled caption with its <|endoftext|>; what follows that is filling."""
+    return ids[: ids.index(eot) + 1] if eot in ids else ids
+
+
+def beyond_the_others(rewards):
+    """Each reward (B, K) minus the mean of the others of its picture."""
+    others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.size(1) - 1)
+    return rewards - others
+
+
+# -----------------------------------------------------------------------------
+# 6. Evaluation and comparison
 
 
 @torch.no_grad()
@@ -556,11 +643,13 @@ def write_captions(captioner, vision, tokenizer, beams=1, prompt=None, **options
         else:
             prompt = None if prompt is None else prompt.to(device)
             rows = captioner.generate(vision, prompt=prompt, **options)
-    texts = []
-    for row in rows.tolist():
-        row = [token for token in row if token != captioner.eot]
-        texts.append(tokenizer.decode(row, errors="replace").strip())
-    return texts
+    return decode(rows.tolist(), tokenizer)
+
+
+def decode(rows, tokenizer):
+    """The texts of lists of token ids, without <|endoftext|>."""
+    rows = [[token for token in row if token != tokenizer.eot_token] for row in rows]
+    return [tokenizer.decode(row, errors="replace").strip() for row in rows]
 
 
 def write_all_captions(captioner, pictures, tokenizer, prompts=None, batch=250, beams=1, **options):
@@ -621,9 +710,21 @@ def true_captions(texts, pictures):
     return 1 - wrong / len(texts)
 
 
-def held_out(picture):
-    """Whether a toy picture has a color and shape that no training picture joins."""
-    return bool(picture["scene"]) and fineweb.has_held_out_pair(picture["scene"]["objects"])
+def split_unseen(pictures):
+    """(PictureSet, another of toy pictures with a color and shape that training does not join)."""
+    unseen = []
+    for i, picture in enumerate(pictures.pictures):
+        if picture["scene"] and fineweb.has_held_out_pair(picture["scene"]["objects"]):
+            unseen.append(i)
+    seen = sorted(set(range(len(pictures))) - set(unseen))
+    return pictures.subset(seen), pictures.subset(unseen)
+
+
+def score_captions(captioner, pictures, tokenizer, beams=1):
+    """(what coco_eval.evaluate() gives, the captions) of a PictureSet."""
+    texts = write_all_captions(captioner, pictures, tokenizer, beams=beams)
+    references = {picture["id"]: picture["captions"] for picture in pictures.pictures}
+    return coco_eval.evaluate(references, dict(zip(references, texts, strict=True))), texts
 
 
 def evaluate(out, setup, args, beam=None):
@@ -635,19 +736,14 @@ def evaluate(out, setup, args, beam=None):
     device = pick_device()
     tokenizer = setup.tokenizer
     captioner = load_captioner(Path(out) / "best.pt", setup, args)
-    val_set = load_pictures(setup, "val", args)
-    unseen = [i for i, picture in enumerate(val_set.pictures) if held_out(picture)]
-    seen = val_set.subset(sorted(set(range(len(val_set))) - set(unseen)))
-    unseen = val_set.subset(unseen)
+    seen, unseen = split_unseen(load_pictures(setup, "val", args))
     decoding = f"beam {beam}" if beam else "greedy"
-    texts = write_all_captions(captioner, seen, tokenizer, beams=beam or 1)
-    references = {picture["id"]: picture["captions"] for picture in seen.pictures}
-    scores = coco_eval.evaluate(references, dict(zip(references, texts, strict=True)))
+    scores, texts = score_captions(captioner, seen, tokenizer, beam or 1)
     row = {"parameters": sum(p.numel() for p in captioner.bridge.parameters())}
     row |= {"pictures": len(seen), "decoding": decoding} | scores["corpus"]
     row["nats a caption"] = caption_loss(captioner, seen, device)[1]
     row["shuffled"] = caption_loss(captioner, seen.shuffled(), device)[1]
-    if all(picture["scene"] for picture in val_set.pictures):
+    if len(unseen):  # the toy pictures, whose scenes are known
         row["captions true"] = true_captions(texts, seen.pictures)
         groups = {"facts": seen, "facts, shuffled": seen.shuffled(), "facts, unseen pairs": unseen}
         for kind, group in groups.items():
@@ -712,14 +808,14 @@ def compare(setup, args):
         best, best_blind = (min(row["val_val"] for row in log if "val_val" in row) for log in logs)
         rows[name] = evaluate(out, setup, args) | {"seconds": logs[0][-1]["seconds"]}
         rows[name]["blind"] = rows[name]["nats a caption"] * best_blind / best
-    pictures = load_pictures(setup, "val", args).pictures
+    pictures, _ = split_unseen(load_pictures(setup, "val", args))
     if rank() > 0:
         return
     folder = Path(args.out or f"runs/{setup.name}-compare")
     folder.mkdir(parents=True, exist_ok=True)
     curves = dict(sorted(curves.items(), key=lambda item: "blind" in item[0]))
     train_gpt2.draw_curves(folder / "curves.png", {"validation loss, nats per token": curves})
-    table = "\n".join(comparison(rows, setup, pictures))
+    table = "\n".join(comparison(rows, setup, pictures.pictures))
     with fineweb.atomic_write(folder / "table.md", "w") as file:
         file.write(table + "\n")
     print(f"\n{table}\n\n{folder} has table.md and curves.png")
@@ -735,8 +831,7 @@ def comparison(rows, setup, pictures):
         if key in rows["linear"]:
             yield f"| {key} | {' | '.join(format(row[key], form) for row in rows.values())} | |"
     if "facts" in rows["linear"] and setup.tokenizer.name == "tiny":
-        upper = map_facts(setup, [picture for picture in pictures if not held_out(picture)])
-        for fact, share in upper.items():
+        for fact, share in map_facts(setup, pictures).items():
             cells = []
             for row in rows.values():
                 kinds = ("facts", "facts, shuffled", "facts, unseen pairs")
@@ -746,15 +841,19 @@ def comparison(rows, setup, pictures):
 
 
 # -----------------------------------------------------------------------------
-# 6. Your own pictures
+# 7. Your own pictures
 
 KINDS = ".jpg .jpeg .jfif .png .gif .webp .avif .bmp .tif .tiff".split()
 
 
 def find_pictures(names):
-    """The paths of files and of the pictures in folders; UserError for none."""
+    """The paths of files, of the pictures in folders, and of addresses, which are downloaded."""
     paths = []
-    for name in map(Path, names):
+    for name in names:
+        if name.startswith(("https://", "http://")):
+            file = hashlib.sha256(name.encode()).hexdigest()[:8] + Path(urlsplit(name).path).suffix
+            name = fineweb.download(name, Path("data/pictures") / file)
+        name = Path(name)
         inside = [name]
         if name.is_dir():
             inside = sorted(path for path in name.iterdir() if path.suffix.lower() in KINDS)
@@ -773,11 +872,14 @@ def sample(args):
     if len(paths) == 1:
         coco_eval.load_image(paths[0])  # fails here, before anything is trained
     setup = open_setup(args)
-    out = run_folder(args.bridge, setup, args)
-    if not args.ckpt and (args.restart or not (out / "scores.json").exists()):
-        print(f"missing    the bridge: training {args.bridge}", flush=True)
-        evaluate(train(args.bridge, setup, args), setup, args)
-    captioner = load_captioner(args.ckpt or out / "best.pt", setup, args)
+    path = args.ckpt
+    if not path:
+        out = run_folder(args.bridge, args, scst=args.scst)
+        path = out / "best.pt"
+        if args.restart or not (out / "scores.json").exists():
+            print(f"missing    the bridge: training {args.bridge}", flush=True)
+            evaluate(train(args.bridge, setup, args), setup, args)
+    captioner = load_captioner(path, setup, args)
     options = {"beams": args.beam or 1}
     if args.num or args.temperature is not None or args.top_p:
         temperature = 0.8 if args.temperature is None else args.temperature
@@ -810,9 +912,8 @@ def sample(args):
 
 
 def load_captioner(path, setup, args):
-    """The Captioner of a checkpoint; UserError if its decoder, CLIP or grid was another."""
-    checkpoint = train_gpt2.read_checkpoint(path)
-    run = checkpoint["run"]
+    """The Captioner of a bridge's file; UserError if its decoder, CLIP or grid was another."""
+    run, tensors = read_bridge(path)
     here = {"decoder": setup.decoder_name, "clip": setup.encoder.name, "grid": args.grid_size}
     flags = {"decoder": "--lm", "clip": "--clip", "grid": "--grid-size", "bridge": "--bridge"}
     if args.bridge:
@@ -822,8 +923,26 @@ def load_captioner(path, setup, args):
             reason = f"{path} was trained for another {part}, {run.get(part)}, not {value}"
             raise UserError(f"{reason}: name that with {flags[part]}, or use --restart")
     captioner = build(run["bridge"], run["S"], run["D"], setup.decoder)
-    captioner.bridge.load_state_dict(checkpoint["model"])
+    captioner.bridge.load_state_dict(tensors)
     return captioner.eval().to(pick_device())
+
+
+def read_bridge(path):
+    """(what a bridge needs: decoder, CLIP, grid ..., its tensors), from a checkpoint or export."""
+    if Path(path).suffix != ".safetensors":
+        checkpoint = train_gpt2.read_checkpoint(path)
+        return checkpoint["run"], checkpoint["model"]
+    with fineweb.whole(path, "a bridge that --export wrote", SafetensorError):
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["run"]), {k: file.get_tensor(k) for k in file.keys()}
+
+
+def export(args):
+    """Write a trained bridge alone as a safetensors file, with what it needs in its metadata."""
+    run, tensors = read_bridge(run_folder(args.bridge, args, scst=args.scst) / "best.pt")
+    with fineweb.atomic_write(args.export) as file:
+        file.write(save(tensors, metadata={"run": json.dumps(run)}))
+    print(f"{args.export} has the bridge: caption.py --ckpt {args.export} --sample img.jpg")
 
 
 # -----------------------------------------------------------------------------
@@ -842,11 +961,12 @@ def load_pictures(setup, split, args):
     if not len(rows):
         raise UserError(f"no picture of {setup.data} ({split}) can be read: check the folder")
     pictures = [pictures[i] for i in rows]
-    encode = setup.tokenizer.encode_ordinary
     longest = min(LONGEST, setup.decoder.config.block_size - 34)  # after a prefix of 33
     captions = []
     for picture in pictures:
-        captions.append([encode(clean_caption(text))[:longest] for text in picture["captions"]])
+        texts = map(clean_caption, picture["captions"])
+        rows_of_ids = [setup.tokenizer.encode_ordinary(text)[:longest] for text in texts]
+        captions.append([[*ids, setup.tokenizer.eot_token] for ids in rows_of_ids])
     return PictureSet(pictures, captions, features, rows)
 
 
@@ -865,7 +985,9 @@ def cached_features(encoder, pictures, grid, name):
     paths = [folder / f"{begin:07d}.npy" for begin in range(0, len(pictures), CHUNK)]
     missing = [i for i, path in enumerate(paths) if not path.exists()]
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # they decode pictures
-        for i in tqdm(missing, desc=f"vision tokens, {CHUNK} pictures a step", disable=None):
+        bar = tqdm(total=sum(len(pictures[i * CHUNK : (i + 1) * CHUNK]) for i in missing),
+                   desc="vision tokens", unit=" pictures", disable=None)
+        for i in missing:
             chunk = pictures[i * CHUNK : (i + 1) * CHUNK]
             images = threads.map(functools.partial(prepared, encoder), chunk)
             features = []
@@ -874,6 +996,7 @@ def cached_features(encoder, pictures, grid, name):
                 tokens = pool_tokens(encoder(batch), grid).cpu().numpy().astype(np.float16)
                 tokens[batch[:, 0, 0, 0].isnan().numpy()] = np.nan
                 features.append(tokens)
+                bar.update(len(batch))
             with fineweb.atomic_write(paths[i]) as file:
                 np.save(file, np.concatenate(features))
     return [np.load(path, mmap_mode="r") for path in paths]
@@ -911,10 +1034,9 @@ class Setup:
 
 
 def open_setup(args):
-    """The full setup with --data, or with a GPU and COCO; else the toy one, made if missing."""
-    coco = Path("data/coco")
-    trained = Path(f"runs/coco-{args.bridge}/best.pt").exists()  # photographs, if they can be had
-    toy = not args.data and not (coco.exists() and (trained or pick_device().type == "cuda"))
+    """The toy setup, made if it is missing, or the full one."""
+    name = setup_name(args)
+    toy = name == "toy"
     if toy:
         data = Path("data/shapes")
         clip = args.clip or "runs/toy-clip/ckpt.pt"
@@ -933,18 +1055,28 @@ def open_setup(args):
                 print("missing    the image encoder: a tiny CLIP on these pictures", flush=True)
                 train_clip(data, clip)
     else:
-        data = Path(args.data or coco)
+        data = Path(args.data or "data/coco")
         clip = args.clip or "ViT-L-14-quickgelu/openai"
         own = train_gpt2.is_finished("runs/gpt2")
         lm = args.lm or ("runs/gpt2/ckpt.pt" if own else "gpt2")
         print(f"setup      decoder {lm}, CLIP {clip}, pictures {data}", flush=True)
     with train_gpt2.rank_zero_first():
         decoder, tokenizer, checkpoint = train_gpt2.load_model(lm)
-        name = f"{checkpoint.get('run', {}).get('preset', Path(lm).name)} {fingerprint(decoder)}"
+        preset = checkpoint.get("run", {}).get("preset", Path(lm).name)
+        decoder_name = f"{preset} {fingerprint(decoder)}"
         encoder = load_clip(clip)
     train_gpt2.freeze(decoder, pick_device())
-    folder = "toy" if toy else data.resolve().name
-    return Setup(folder, toy, data, encoder, decoder, tokenizer, name)
+    return Setup(name, toy, data, encoder, decoder, tokenizer, decoder_name)
+
+
+def setup_name(args):
+    """ "toy", or the folder of the pictures: --data; COCO with a GPU or a bridge trained on it."""
+    coco = Path("data/coco")
+    trained = Path(f"runs/coco-{args.bridge}/best.pt").exists()  # photographs, if they can be had
+    full = args.data or (coco.exists() and (trained or pick_device().type == "cuda"))
+    if args.ckpt:
+        full = not read_bridge(args.ckpt)[0].get("toy")
+    return Path(args.data or coco).resolve().name if full else "toy"
 
 
 def fingerprint(module):
@@ -1041,8 +1173,10 @@ def flags():
     positive = number(int, 1)
     group = parser.add_argument_group("what to do (default: train --bridge and score it)")
     group.add_argument("--bridge", choices=BRIDGES, help="how the picture gets into the decoder")
-    group.add_argument("--sample", nargs="+", metavar="PICTURE", help="caption files and folders")
+    group.add_argument("--sample", nargs="+", metavar="PICTURE", help="files, folders, https://…")
     group.add_argument("--eval", action="store_true", help="score the bridge of a run")
+    group.add_argument("--scst", action="store_true", help="then train it on CIDEr-D itself")
+    group.add_argument("--export", metavar="FILE", help="write the bridge as FILE.safetensors")
     group.add_argument("--compare", action="store_true", help="train and score all bridges")
     group = parser.add_argument_group("the frozen parts and the pictures")
     group.add_argument("--data", metavar="DIR", help="pictures in COCO's layout (data/coco)")
@@ -1072,26 +1206,30 @@ def main():
     """The commands at the top of this file."""
     parser = flags()
     args = parser.parse_args()
-    if not args.bridge and not args.compare:
-        raise UserError("give --bridge linear, cross or qformer, or --compare")
+    if not args.bridge and not args.compare and not args.ckpt:
+        raise UserError("give --bridge linear, cross or qformer, or --compare, or --ckpt")
     sampling = ("--num", "--temperature", "--top-p")
     if args.beam:
         parser.refuse(args, "--beam", *sampling)
     if not args.sample:
         parser.refuse(args, "anything but --sample", *sampling, "--grid", "--ckpt")
     if args.compare:
-        parser.refuse(args, "--compare", "--bridge", "--sample", "--eval", "--beam")
+        others = ("--bridge", "--sample", "--eval", "--beam", "--scst")
+        parser.refuse(args, "--compare", *others, "--export")
+    if args.export:
+        parser.refuse(args, "--export", "--sample", "--eval", "--steps", "--lr", "--restart")
     train_gpt2.join_processes()
-    if args.sample:
+    if args.export:
+        export(args)
+    elif args.sample:
         sample(args)
     elif args.compare:
         compare(open_setup(args), args)
     else:
         setup = open_setup(args)
-        out = run_folder(args.bridge, setup, args)
         if not args.eval:
             train(args.bridge, setup, args)
-        evaluate(out, setup, args, args.beam)
+        evaluate(run_folder(args.bridge, args, scst=args.scst), setup, args, args.beam)
 
 
 if __name__ == "__main__":

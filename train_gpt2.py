@@ -578,14 +578,13 @@ def train_step(model, optimizer, micro_batches, grad_clip, device):
     (test_micro_batches_add_up). A loss that is not finite leaves the weights as they are.
     """
     total = torch.zeros((), device=device)
-    for i, (x, y, share) in enumerate(micro_batches):
-        x = x.to(device, non_blocking=True)
-        y = y.to(device, non_blocking=True)
+    for i, (*inputs, share) in enumerate(micro_batches):
+        inputs = [x.to(device, non_blocking=True) for x in inputs]
         last = i == len(micro_batches) - 1
         # DDP sums the gradients over ranks in backward(); on the last micro-batch is enough
         with contextlib.nullcontext() if last or world_size() == 1 else model.no_sync():
             with autocast(device):  # mixed precision: fp32 weights, matrix products in bf16
-                _, loss = model(x, y)
+                _, loss = model(*inputs)
             (loss * share * world_size()).backward()  # DDP takes the mean, we want the sum
         total += loss.detach() * share
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)  # gradient clipping
@@ -1369,6 +1368,8 @@ def draw_run(out):
     if accuracy := curve(rows, "hellaswag"):
         openai = [(step, 0.2955) for step, _ in accuracy]
         panels["HellaSwag, acc_norm by token mean"] = {"this run": accuracy, "OpenAI": openai}
+    if cider := curve(rows, "cider"):
+        panels["CIDEr-D of greedy captions"] = {"validation": cider}
     draw_curves(Path(out) / "curves.png", panels)
 
 
