@@ -960,6 +960,14 @@ def test_schedule_is_warm_up_then_cosine():
         assert train_gpt2.get_lr(step, recipe) == pytest.approx(lr, rel=1e-3)
 
 
+def test_a_schedule_with_a_cooldown_is_flat_then_linear():
+    """gpt2-fast: a rate that falls too early, or does not reach zero."""
+    recipe = dataclasses.replace(train_gpt2.RECIPES["gpt2-fast"], max_steps=1000, cooldown=0.25)
+    expected = {0: 1.8e-3 / 250, 249: 1.8e-3, 749: 1.8e-3, 875: 0.9e-3, 999: 1.8e-3 / 250}
+    for step, lr in expected.items():
+        assert train_gpt2.get_lr(step, recipe) == pytest.approx(lr, rel=1e-3)
+
+
 def test_weight_decay_is_on_matrices_only():
     """Biases and LayerNorms that decay, or matrices that do not."""
     model = small_model()
@@ -1621,7 +1629,7 @@ def train_together(rank, size, port, tiny, out):
         os.environ.update(zip(names, map(str, values), strict=True))
         train_gpt2.join_processes()
     train_set, val_sets = train_gpt2.open_shards(tiny)
-    recipe = Recipe(3, 8 * 64, max(1, 4 // size), 1e-3, 1, eval_tokens=64 * 21)
+    recipe = Recipe(3, 8 * 64, max(1, 4 // size), 1e-3, 1, muon_lr=0.02, eval_tokens=64 * 21)
     model = small_model(config=train_gpt2.PRESETS["tiny"])
     net = train_gpt2.parallelize(model, CPU)
     sums = []
@@ -1631,8 +1639,9 @@ def train_together(rank, size, port, tiny, out):
     get = functools.partial(train_gpt2.get_micro_batches, train_set, recipe, 0, config)
     border = train_set.num_windows(64) // 8 - 1
     results = []
-    for loss, norm in itertools.islice(steps(net, recipe, get, first=border), 3):
+    for loss, norm in itertools.islice(steps(net, recipe, get, first=border, trained=model), 3):
         results += [loss, norm]
+    results.append(model.h[0].attn.c_attn.weight.double().sum().item())
     tokenizer = fineweb.get_tokenizer("tiny")
     results += train_gpt2.validate(net, config, val_sets, tokenizer, recipe, CPU).values()
     items = [hellaswag.render(example, tokenizer) for example in made_items(41)]
