@@ -943,7 +943,7 @@ def test_prefetch_gives_each_step_once_and_in_order():
         return step * 10
 
     assert list(train_gpt2.prefetch(get, 3, 6)) == [(3, 30), (4, 40), (5, 50)]
-    assert asked == [3, 4, 5]
+    assert sorted(asked) == [3, 4, 5]
 
 
 # -----------------------------------------------------------------------------
@@ -1805,6 +1805,77 @@ def test_measured_parts_of_training():
             (seconds,) = in_turns(attend)
             milliseconds = f"{1000 * seconds:.1f} ms forward and backward"
             print(f"attention, {B} x {nh} heads x {T} tokens, {dtype}: {milliseconds}")
+
+
+@measured
+def test_measured_steps_beside_nanogpt():
+    """Our training step and that of nanoGPT's model.py, which lies in the folder PEER."""
+    if "PEER" not in os.environ:
+        pytest.skip("needs PEER, the folder of nanoGPT's model.py")
+    sys.path.insert(0, os.environ["PEER"])
+    import model as peer
+
+    print()
+    for preset, T, B in (("tiny", 64, 24), ("gpt2", 1024, 2)):
+        c = dataclasses.replace(train_gpt2.PRESETS[preset], sinusoids=False)
+        ours = GPT(c)
+        shape = {"block_size": T, "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd}
+        theirs = peer.GPT(peer.GPTConfig(vocab_size=c.vocab_size, dropout=0.0, **shape))
+        x, y = torch.randint(0, c.n_vocab, (2, B, T))
+        recipe = Recipe(10, B * T, B, 1e-4, 1)
+        optimizer = train_gpt2.configure_optimizer(ours, recipe)
+        their_optimizer = theirs.configure_optimizers(0.1, 1e-4, (0.9, 0.95), "cpu")
+
+        def our_step(ours=ours, optimizer=optimizer, x=x, y=y):
+            train_gpt2.train_step(ours, optimizer, [(x, y, 1.0)], 1.0, CPU)
+
+        def their_step(net, theirs=theirs, optimizer=their_optimizer, x=x, y=y):
+            with train_gpt2.autocast(CPU):
+                _, loss = net(x, y)
+            loss.backward()
+            nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        times = in_turns(our_step, functools.partial(their_step, theirs),
+                         functools.partial(their_step, torch.compile(theirs)), rounds=5)
+        rates = [f"{name} {B * T / seconds:,.0f} tokens/s ({seconds / times[0]:.2f})" for
+                 name, seconds in zip(("ours", "nanoGPT", "compiled"), times, strict=True)]
+        print(f"step, {preset}, {B} x {T}: {', '.join(rates)}")
+
+
+@measured
+def test_measured_generation(tmp_path):
+    """Tokens of the 124M beside transformers' generate(); captions, greedy and beam 5."""
+    transformers = pytest.importorskip("transformers")
+    print()
+    model = GPT(train_gpt2.PRESETS["gpt2"])
+    train_gpt2.export_hf(model, fineweb.get_tokenizer("gpt2"), tmp_path)
+    train_gpt2.freeze(model, CPU)
+    dtype = torch.bfloat16 if train_gpt2.uses_bf16(CPU) else torch.float32
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
+    for B in (1, 16):
+        idx = torch.randint(0, 50257, (B, 32))
+        options = {"max_new_tokens": 96, "min_new_tokens": 96, "do_sample": False}
+
+        def ours(idx=idx):
+            with train_gpt2.autocast(CPU):
+                generate(model, idx, 96, temperature=0)
+
+        def generate_theirs(idx=idx, options=options):
+            theirs.generate(idx, attention_mask=torch.ones_like(idx), pad_token_id=0, **options)
+
+        a, b = in_turns(ours, generate_theirs)
+        print(f"generation, batch {B:2}: ours {96 * B / a:.0f} tokens/s, transformers "
+              f"{96 * B / b:.0f} ({b / a:.2f})")
+    captioner = caption.build("linear", 33, 1024, model)
+    captioner.eot = -1  # never drawn: all captions have 20 tokens
+    vision = torch.randn(64, 33, 1024)
+    with train_gpt2.autocast(CPU):
+        times = in_turns(lambda: captioner.generate(vision, 20),
+                         lambda: captioner.beam_search(vision, 5, 20), rounds=1)
+    print(f"captions of 20 tokens, 64 pictures, 124M: greedy {64 / times[0]:.1f} a second, "
+          f"beam 5 {64 / times[1]:.1f}")
 
 
 # -----------------------------------------------------------------------------

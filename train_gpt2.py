@@ -35,6 +35,7 @@ import sys
 import time
 import zipfile
 import zlib
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -466,14 +467,18 @@ def get_micro_batches(dataset, recipe, seed, config, step):
     return [(x, y, share) for (x, y), share in zip(batches, shares, strict=True)]
 
 
-def prefetch(get, first, last):
-    """Yield (step, get(step)) for steps first ... last - 1; a thread prepares the next one."""
-    with ThreadPoolExecutor(1, initializer=use_device) as thread:
-        ahead = thread.submit(get, first)
+def prefetch(get, first, last, ahead=4):
+    """Yield (step, get(step)) for steps first ... last - 1; threads prepare the next ones.
+
+    512 windows from all over a disk, read for the first time, took one thread 0.2 to 0.5 s and four
+    threads 0.1 s; a step of the 124M takes a GPU 1 to 8 s.
+    """
+    steps = iter(range(first, last))
+    with ThreadPoolExecutor(ahead, initializer=use_device) as threads:
+        waiting = deque(threads.submit(get, step) for step in itertools.islice(steps, ahead))
         for step in range(first, last):
-            batches = ahead.result()
-            if step + 1 < last:
-                ahead = thread.submit(get, step + 1)
+            batches = waiting.popleft().result()
+            waiting.extend(threads.submit(get, next_one) for next_one in itertools.islice(steps, 1))
             yield step, batches
 
 
