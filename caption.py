@@ -9,9 +9,11 @@ Pictures in words: a frozen CLIP and a frozen GPT-2, joined by a small bridge th
     python caption.py --compare                            all three under one budget, one table
 
 Without a GPU and COCO this is the toy setup: drawn pictures of colored shapes, a CLIP of 64 x 64
-pixels that is trained here, and the decoder of `python train_gpt2.py`. With --data FOLDER (COCO
-2017, or your own pictures in its layout) the same code joins CLIP ViT-L/14 to GPT-2 124M. A run
-lives in runs/<setup>-<bridge>/: ckpt.pt, best.pt, log.csv, curves.png, grid.png, scores.json.
+pixels that is trained here, and the decoder of `python train_gpt2.py`. It has read scenes as a map
+of 32 words after <|endoftext|> (fineweb.py, "The toy text"); the 1 + 32 vision tokens of a picture
+stand in those 33 places, and a bridge has to make them look like the words. With --data FOLDER
+(COCO 2017, or your own pictures in its layout) the same code joins CLIP ViT-L/14 to GPT-2 124M. A
+run lives in runs/<setup>-<bridge>/: ckpt.pt, best.pt, log.csv, curves.png, grid.png, scores.json.
 
 Chapters: 1 the image encoder, 2 the three bridges, 3 the captioner, 4 training a bridge, 5
 self-critical training, 6 evaluation and comparison, 7 your own pictures. Appendix A: vision tokens
@@ -20,7 +22,6 @@ on disk, appendix B: the toy setup and the full one.
 Letters beside the code: B batch, T time (tokens), C width of the decoder, P prefix, S vision
 tokens, D their width, N targets of a row, V vocabulary, W beams.
 """
-import contextlib
 import functools
 import hashlib
 import itertools
@@ -55,7 +56,12 @@ from train_gpt2 import MLP, KVCache, Recipe, Run, attention, autocast, get_lr, p
 
 
 class ImageEncoder:
-    """A frozen CLIP image encoder (Radford et al. 2021): the tokens of its last block but one."""
+    """The frozen image half of CLIP (Radford et al. 2021), which has learned to match captions.
+
+    It is a vision transformer: each patch of the picture is a token, and one more, the class token,
+    comes to describe the whole. We take the tokens after the second-to-last block: in OpenAI's CLIP
+    the loss sees only the class token of the last one, whose patches so are trained for nothing.
+    """
 
     def __init__(self, visual, preprocess, name):
         self.visual = train_gpt2.freeze(visual, pick_device())
@@ -72,8 +78,8 @@ class ImageEncoder:
     def __call__(self, images):
         """Prepared pictures (B, 3, H, W) to class token and patches in reading order, (B, S, D)."""
         device = pick_device()
-        last_but_one = len(self.visual.transformer.resblocks) - 2
-        options = {"indices": [last_but_one], "stop_early": True, "intermediates_only": True}
+        second_to_last = len(self.visual.transformer.resblocks) - 2
+        options = {"indices": [second_to_last], "stop_early": True, "intermediates_only": True}
         options |= {"output_fmt": "NLC", "output_extra_tokens": True}
         with autocast(device):
             out = self.visual.forward_intermediates(images.to(device), **options)
@@ -104,10 +110,10 @@ def pool_tokens(tokens, grid="4x8"):
 #   qformer    32 vectors, gathered by learned queries          before the text   up to 4 layers
 #   cross      attention to the vision tokens, in each block    inside            attention, gates
 #
-# Each has the same two methods: prefix(vision) gives the vectors before the text, or None; within
-# the context inside(vision, decoder) the blocks of the decoder attend to the picture, or do not. A
-# prefix begins at the scale of the decoder's own token vectors, so that it influences the decoder
-# from the first step.
+# Each has the same two methods: prefix(vision) gives the vectors before the text, or None;
+# before_block(vision) gives a function (i, x) that changes x before block i of the decoder, or
+# None. A prefix begins at the scale of the decoder's own token vectors, so that it influences the
+# decoder from the first step.
 
 
 class LinearBridge(nn.Module):
@@ -127,8 +133,8 @@ class LinearBridge(nn.Module):
     def prefix(self, vision):
         return self.project(self.norm(vision)) + self.positions  # (B, S, C)
 
-    def inside(self, vision, decoder):
-        return contextlib.nullcontext()
+    def before_block(self, vision):
+        return None
 
 
 class QFormerBridge(nn.Module):
@@ -157,8 +163,8 @@ class QFormerBridge(nn.Module):
             x = layer(x, vision)
         return self.project(self.ln_f(x))  # (B, 32, C)
 
-    def inside(self, vision, decoder):
-        return contextlib.nullcontext()
+    def before_block(self, vision):
+        return None
 
 
 class QFormerLayer(nn.Module):
@@ -204,27 +210,15 @@ class CrossAttentionBridge(nn.Module):
     def prefix(self, vision):
         return None
 
-    @contextlib.contextmanager
-    def inside(self, vision, decoder):
-        """Hooks put the first line before each block; the decoder's code is not touched."""
+    def before_block(self, vision):
         vision = self.norm(vision) + self.positions  # (B, S, D)
+        keys_values = [layer.keys_values(vision) for layer in self.cross_attn]  # for all tokens
 
-        def before_block(i):
-            keys_values = self.cross_attn[i].keys_values(vision)  # once for all new tokens
+        def look(i, x):
+            y = self.cross_attn[i](self.ln[i](x), *keys_values[i])  # (B, T, C)
+            return x + torch.tanh(self.gates[i]) * y
 
-            def hook(block, args):
-                x = args[0]  # (B, T, C)
-                looked = self.cross_attn[i](self.ln[i](x), *keys_values)
-                return x + torch.tanh(self.gates[i]) * looked, *args[1:]
-
-            return hook
-
-        hooks = [b.register_forward_pre_hook(before_block(i)) for i, b in enumerate(decoder.h)]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        return look
 
 
 class CrossAttention(nn.Module):
@@ -311,8 +305,8 @@ class Captioner(nn.Module):
         """Cross-entropy in nats of captions, given vision tokens (B, S, D); see GPT.loss."""
         x = self.decoder.embed(packed.idx, packed.positions)  # (B, P + T, C)
         x = torch.cat([self.beginning(vision), x[:, self.bridge.P :]], dim=1)
-        with self.bridge.inside(vision, self.decoder):
-            h = self.decoder.hidden_states(x, packed.mask)
+        look = self.bridge.before_block(vision)
+        h = self.decoder.hidden_states(x, packed.mask, before_block=look)
         return self.decoder.loss(packed.at_source(h), packed.targets, reduction)
 
     @torch.no_grad()
@@ -324,58 +318,65 @@ class Captioner(nn.Module):
         if prompt is None:
             prompt = torch.empty(len(vision), 0, dtype=torch.long, device=vision.device)
         sampling |= {"prefix": self.beginning(vision), "stop": self.eot, "temperature": temperature}
+        sampling["before_block"] = self.bridge.before_block(vision)
         length = min(max_new_tokens, self.room - prompt.size(1))
-        with self.bridge.inside(vision, self.decoder):
-            return train_gpt2.generate(self.decoder, prompt, length, **sampling)
+        return train_gpt2.generate(self.decoder, prompt, length, **sampling)
 
     @torch.no_grad()
     def beam_search(self, vision, beams, max_new_tokens=30, length_penalty=1.0):
-        """Token ids (B, new) of the best caption, keeping W = `beams` beginnings at every step.
+        """Token ids (B, new) of the best caption, keeping W = `beams` beginnings at every step:
+
+            for each step:
+                candidates = [(beam + token, sum of log p) for beam in beams for token in tokens]
+                beams = the W best of candidates
 
         A caption of n tokens is worth the sum of its log probabilities / n^length_penalty (Wu et
         al. 2016, section 7, in its simple form): 0 favors short captions, 1 compares means. One
         beam is greedy decoding. test_beam_search_equals_greedy_and_brute_force
         """
         B = len(vision)
+        W = beams
         device = vision.device
-        cache = [KVCache() for _ in self.decoder.h]
-        with self.bridge.inside(vision, self.decoder):  # prefill: once for each picture
-            h = self.decoder.hidden_states(self.beginning(vision), cache=cache)[:, -1:]
-        h = h.expand(-1, beams, -1)  # (B, W, C)
-        rows = torch.arange(B, device=device).repeat_interleave(beams)  # of the cache, by beam
-        tokens = torch.zeros(B, beams, 0, dtype=torch.long, device=device)
-        done = torch.zeros(B, beams, dtype=torch.bool, device=device)
-        length = torch.zeros(B, beams, device=device)
-        total = torch.full((B, beams), -math.inf, device=device)
+        first_row = W * torch.arange(B, device=device)[:, None]  # of the cache, for each picture
+        tokens = torch.zeros(B, W, 0, dtype=torch.long, device=device)
+        done = torch.zeros(B, W, dtype=torch.bool, device=device)
+        length = torch.zeros(B, W, device=device)
+        total = torch.full((B, W), -math.inf, device=device)
         total[:, 0] = 0  # the beams are alike at first: only one may go on
-        with self.bridge.inside(vision.repeat_interleave(beams, 0), self.decoder):
-            for step in range(min(max_new_tokens, self.room)):
-                log_p = self.decoder.logits(h).float().log_softmax(-1)  # (B, W, V)
-                V = log_p.size(2)
-                log_p = log_p.masked_fill(done[:, :, None], -math.inf)
-                # a finished beam can only be followed by <|endoftext|>, for free
-                log_p[:, :, self.eot] = torch.where(done, 0.0, log_p[:, :, self.eot])
-                sums = total[:, :, None] + log_p
-                lengths = length + ~done
-                worth = sums / lengths[:, :, None] ** length_penalty
-                best = worth.view(B, -1).topk(beams).indices  # (B, W), the best first
-                parent = best // V
-                token = best % V
-                total = sums.view(B, -1).gather(1, best)
-                length = lengths.gather(1, parent)
-                tokens = tokens.gather(1, parent[:, :, None].expand_as(tokens))
-                tokens = torch.cat([tokens, token[:, :, None]], dim=2)
-                done = done.gather(1, parent) | (token == self.eot)
-                if done.all():
-                    break
-                rows = rows.view(B, beams).gather(1, parent).view(-1)
-                for layer in cache:
-                    layer.k = layer.k[rows]
-                    layer.v = layer.v[rows]
-                rows = torch.arange(B * beams, device=device)
-                position = torch.full((1,), self.bridge.P + step, device=device)
-                x = self.decoder.embed(token.view(-1, 1), position)
-                h = self.decoder.hidden_states(x, cache=cache).view(B, beams, -1)
+        cache = [KVCache() for _ in self.decoder.h]
+        look = self.bridge.before_block(vision)
+        h = self.decoder.hidden_states(self.beginning(vision), cache=cache, before_block=look)
+        h = h[:, -1].repeat_interleave(W, 0)  # prefill: once for each picture, then a row each beam
+        for layer in cache:
+            layer.k = layer.k.repeat_interleave(W, 0)
+            layer.v = layer.v.repeat_interleave(W, 0)
+        look = self.bridge.before_block(vision.repeat_interleave(W, 0))
+        for step in range(min(max_new_tokens, self.room)):
+            log_p = self.decoder.logits(h).float().log_softmax(-1).view(B, W, -1)
+            V = log_p.size(2)
+            log_p = log_p.masked_fill(done[:, :, None], -math.inf)
+            # a finished beam can only be followed by <|endoftext|>, for free
+            log_p[:, :, self.eot] = torch.where(done, 0.0, log_p[:, :, self.eot])
+            sums = total[:, :, None] + log_p
+            lengths = length + ~done
+            worth = sums / lengths[:, :, None] ** length_penalty
+            best = worth.view(B, -1).topk(W).indices  # (B, W), the best first
+            parent = best // V
+            token = best % V
+            total = sums.view(B, -1).gather(1, best)
+            length = lengths.gather(1, parent)
+            tokens = tokens.gather(1, parent[:, :, None].expand_as(tokens))
+            tokens = torch.cat([tokens, token[:, :, None]], dim=2)
+            done = done.gather(1, parent) | (token == self.eot)
+            if done.all():
+                break
+            rows = (first_row + parent).view(-1)  # a beam takes over the cache of its parent
+            for layer in cache:
+                layer.k = layer.k[rows]
+                layer.v = layer.v[rows]
+            position = torch.full((1,), self.bridge.P + step, device=device)
+            x = self.decoder.embed(token.view(-1, 1), position)
+            h = self.decoder.hidden_states(x, cache=cache, before_block=look)[:, -1]
         return tokens[:, 0]
 
 
@@ -501,7 +502,7 @@ def validate(captioner, val_set, run, tokenizer=None):
     tokenizer: given in self-critical training, where the best is that with the highest CIDEr-D.
     """
     token, caption = caption_loss(captioner, val_set, pick_device())
-    print(f"           val {token:.4f} nats a token, {caption:.3f} a caption", flush=True)
+    print(f"           val {token:.4f} nats per token, {caption:.3f} a caption", flush=True)
     row = {"val_val": token}
     worst_first = token
     if tokenizer:
@@ -741,7 +742,7 @@ def evaluate(out, setup, args, beam=None):
     scores, texts = score_captions(captioner, seen, tokenizer, beam or 1)
     row = {"parameters": sum(p.numel() for p in captioner.bridge.parameters())}
     row |= {"pictures": len(seen), "decoding": decoding} | scores["corpus"]
-    row["nats a caption"] = caption_loss(captioner, seen, device)[1]
+    row["nats per caption"] = caption_loss(captioner, seen, device)[1]
     row["shuffled"] = caption_loss(captioner, seen.shuffled(), device)[1]
     if len(unseen):  # the toy pictures, whose scenes are known
         row["captions true"] = true_captions(texts, seen.pictures)
@@ -752,7 +753,7 @@ def evaluate(out, setup, args, beam=None):
             row[kind] = ask_facts(group.pictures, tokenizer, answer)
     if rank() == 0:
         write_scores(Path(out), seen.pictures, texts, row | scores, "_beam" if beam else "")
-    losses = f"{row['nats a caption']:.2f} nats a caption, shuffled {row['shuffled']:.2f}"
+    losses = f"{row['nats per caption']:.2f} nats per caption, shuffled {row['shuffled']:.2f}"
     print(f"{len(seen)} validation pictures of {setup.data}, {decoding}: {losses}")
     print(coco_eval.table(scores, len(seen)))
     for kind in [key for key in row if key.startswith("facts")]:
@@ -807,7 +808,7 @@ def compare(setup, args):
         curves[name], curves[f"{name}, blind"] = (train_gpt2.curve(log, "val_val") for log in logs)
         best, best_blind = (min(row["val_val"] for row in log if "val_val" in row) for log in logs)
         rows[name] = evaluate(out, setup, args) | {"seconds": logs[0][-1]["seconds"]}
-        rows[name]["blind"] = rows[name]["nats a caption"] * best_blind / best
+        rows[name]["blind"] = rows[name]["nats per caption"] * best_blind / best
     pictures, _ = split_unseen(load_pictures(setup, "val", args))
     if rank() > 0:
         return
@@ -825,7 +826,7 @@ def comparison(rows, setup, pictures):
     """The lines of --compare's table in Markdown; rows: {bridge: what evaluate() returned}."""
     yield f"| | {' | '.join(rows)} | map in words |"
     yield "|---" * (len(rows) + 2) + "|"
-    numbers = {"parameters": ",", "nats a caption": ".2f", "blind": ".2f", "shuffled": ".2f"}
+    numbers = {"parameters": ",", "nats per caption": ".2f", "blind": ".2f", "shuffled": ".2f"}
     numbers |= {"CIDEr": ".3f", "METEOR": ".3f", "captions true": ".2f", "seconds": ".0f"}
     for key, form in numbers.items():
         if key in rows["linear"]:

@@ -586,7 +586,7 @@ ARCHIVES = (  # the folder that is in it, its bytes, its MD5
 
 
 def download_coco(folder, val_only=False):
-    """Download and unpack COCO 2017; what is there is left alone, what was interrupted goes on.
+    """Download and unpack COCO 2017; what is there is left alone, what was interrupted resumes.
 
     An archive is checked, unpacked beside its place, renamed when whole, and removed: 40 GB of
     disk for a while, 20 GB in the end. val_only: the annotations and 5,000 pictures, 1.1 GB.

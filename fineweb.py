@@ -603,7 +603,7 @@ def hub_download(repo, name, **options):
 
 
 def download(url, path, size=None, digest=None, tries=5):
-    """Download `url` to `path`; what was interrupted goes on where it stopped. Returns the path.
+    """Download `url` to `path`; what was interrupted resumes where it stopped. Returns the path.
 
     size: bytes, and digest: MD5 or SHA-256 in hexadecimal, are checked when given. tries: how often
     in a row it may fail without progress. Raises UserError without a network, or for a wrong file.
@@ -643,7 +643,7 @@ def fetch_rest(url, part):
         if answer.status_code in (401, 403, 404, 410):
             raise UserError(f"{url} answered {answer.status_code}: get the file by other means")
         answer.raise_for_status()
-        if answer.status_code != 206:  # the server begins anew
+        if answer.status_code != 206:  # the server starts over
             done = 0
         total = done + int(answer.headers.get("Content-Length", 0))
         bar = tqdm(desc=part.stem, initial=done, total=total, unit="B", unit_scale=True,

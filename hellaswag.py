@@ -102,8 +102,8 @@ def render(example, tokenizer, method="token mean"):
         context = clean(begin)
         endings = [clean(ending) for ending in endings]
     stripped = context.rstrip() if harness else context
-    blanks = context[len(stripped) :]  # the harness moves them to the endings
-    tokens = [encode(f"{blanks} {ending}") for ending in endings]
+    spaces = context[len(stripped) :]  # the harness moves them to the endings
+    tokens = [encode(f"{spaces} {ending}") for ending in endings]
     lengths = [max(len(ending), 1) for ending in (endings if harness else tokens)]
     context = encode(stripped) or [tokenizer.eot_token]  # something has to stand before an ending
     return Item(context, tokens, lengths, example["label"])

@@ -11,8 +11,8 @@ The same command continues an interrupted run. A run lives in runs/<preset>/: ck
 curves.png, samples.txt.
 
 Chapters: 1 the model, 2 generation, 3 data, 4 the recipe, 5 training; then 6 evaluation, 7 using a
-model. Appendices: A devices and processes, B sinusoids and Muon, C the folder of a run, then the
-command line. Chapters 1 to 5 are what an evening is for.
+model. Appendices: A devices and processes, B the loss in chunks, C sinusoids and Muon, D the folder
+of a run, then the command line. Chapters 1 to 5 are what an evening is for.
 
 Letters beside the code: B batch, T time (tokens), C width, nh heads, hs head size, V vocabulary,
 P prefix, N targets of a row. GPT-2: Radford et al. 2019; its training: Brown et al. 2020 (GPT-3).
@@ -178,14 +178,16 @@ class GPT(nn.Module):
             positions = torch.arange(idx.size(1), device=idx.device)
         return self.wte(idx) + self.wpe(positions)
 
-    def hidden_states(self, x, mask=None, cache=None):
+    def hidden_states(self, x, mask=None, cache=None, before_block=None):
         """Vectors (B, T, C) through all blocks and the last LayerNorm: hidden states (B, T, C).
 
         mask: True where a position may attend, broadcast to (B, nh, T, T); default: causal.
         cache: a KVCache for each layer. Fill it with one call (prefill), then give it one new
-        position at a time (decode).
+        position at a time (decode). before_block(i, x): what to make of x before block i.
         """
         for i, block in enumerate(self.h):
+            if before_block is not None:
+                x = before_block(i, x)
             x = block(x, mask, cache[i] if cache else None)
         return self.ln_f(x)
 
@@ -193,13 +195,16 @@ class GPT(nn.Module):
         """Hidden states (..., C) to logits (..., n_vocab): padded rows of the table are cut off."""
         return F.linear(h, self.wte.weight)[..., : self.config.n_vocab]
 
-    @torch.compiler.disable(recursive=False)  # a gradient in the forward pass cannot be traced
+    @torch.compiler.disable(recursive=False)
     def loss(self, h, targets, reduction="mean"):
         """Cross-entropy in nats of targets (B, T) given hidden states (B, T, C).
 
+            F.cross_entropy(self.logits(h).flatten(0, 1), targets.flatten())
+
+        but the logits of a batch, 13 GB for 64 x 1024 tokens, never exist at once: appendix B.
         Targets of -100 do not count. reduction: "mean", "sum", or "none" for each target (B, T).
         """
-        if reduction == "none":  # row by row, so that the logits of a batch are never stored
+        if reduction == "none":
             rows = []
             for h_row, target in zip(h, targets, strict=True):
                 logits = self.logits(h_row).float()
@@ -216,87 +221,6 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(h), None
         return None, self.loss(h, targets)
-
-
-ROWS = 2048  # of logits that exist at a time
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """The summed cross-entropy of hidden states h (N, C) under a head W (V, C), by chunks of rows.
-
-    The logits of 64 x 1024 tokens would take 13 GB in fp32. The gradient of -log softmax(z)[y] in z
-    is softmax(z) - one_hot(y), known as soon as the logits are. So the forward pass computes it
-    too, chunk after chunk, and the backward pass only hands it out:
-
-        for i in range(0, N, ROWS):
-            logits = h[i:i + ROWS] @ W.T                                   # (rows, V)
-            loss += cross_entropy(logits, targets[i:i + ROWS])
-            grad_logits = softmax(logits) - one_hot(targets[i:i + ROWS])
-            grad_h[i:i + ROWS] = grad_logits @ W
-            grad_W += grad_logits.T @ h[i:i + ROWS]
-
-    test_loss_and_its_gradients_equal_float64
-    """
-
-    @staticmethod
-    def forward(ctx, h, weight, targets, n_vocab):
-        dtype = h.dtype
-        if torch.is_autocast_enabled(h.device.type):
-            dtype = torch.get_autocast_dtype(h.device.type)  # mixed precision: products in bf16
-        W = weight.to(dtype)
-        total = torch.zeros((), device=h.device)
-        needs_h, needs_weight = ctx.needs_input_grad[:2]
-        grad_h = torch.empty_like(h) if needs_h else None
-        grad_weight = None
-        buffer = W.new_empty(min(len(h), ROWS), len(W))  # one for all chunks: new memory is slow
-        for i in range(0, len(h), ROWS):
-            x = h[i : i + ROWS].to(dtype)
-            target = targets[i : i + ROWS, None]
-            counts = target != -100
-            logits = torch.mm(x, W.T, out=buffer[: len(x)])
-            total += loss_and_gradient(logits, target, n_vocab)  # logits become their gradient
-            if needs_h:
-                grad_h[i : i + ROWS] = logits @ W * counts
-            if needs_h and needs_weight:  # neither in an evaluation
-                grad = (logits.T @ (x * counts)).to(weight.dtype)
-                grad_weight = grad if grad_weight is None else grad_weight.add_(grad)
-        ctx.save_for_backward(grad_h, grad_weight)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad_total):
-        grads = [None if grad is None else grad.mul_(grad_total) for grad in ctx.saved_tensors]
-        return *grads, None, None
-
-
-def loss_and_gradient(logits, target, n_vocab):
-    """Summed cross-entropy of logits (rows, V), which are overwritten by their gradient.
-
-    target: (rows, 1); where it is -100 the loss is 0 and the gradient means nothing. On CUDA this
-    is one compiled function, so that the logits are read twice and written once.
-    """
-    if logits.is_cuda and can_compile():
-        return compiled(softmax_minus_one_hot)(logits, target, n_vocab)
-    rows = max(1, 500_000 // logits.size(1))  # as many as fit into a CPU's cache in fp32
-    pieces = zip(logits.split(rows), target.split(rows), strict=True)
-    return sum(softmax_minus_one_hot(z, y, n_vocab) for z, y in pieces)
-
-
-def softmax_minus_one_hot(logits, target, n_vocab):
-    """loss_and_gradient() in plain PyTorch; test_the_compiled_head_stores_no_fp32_logits"""
-    logits[:, n_vocab:] = -math.inf  # rows of the table that are no tokens get no probability
-    log_p = F.log_softmax(logits, dim=1, dtype=torch.float32)
-    index = target.clamp(min=0)
-    log_p_target = log_p.gather(1, index)  # (rows, 1)
-    logits.copy_(log_p.exp_())
-    logits.scatter_(1, index, (log_p_target.exp() - 1).to(logits.dtype))  # minus the one-hot
-    return -(log_p_target * (target != -100)).sum()
-
-
-@functools.cache
-def compiled(function):
-    """The function through torch.compile, once."""
-    return torch.compile(function)
 
 
 # -----------------------------------------------------------------------------
@@ -321,7 +245,7 @@ class KVCache:
 
 
 @torch.no_grad()
-def generate(model, idx, max_new_tokens, prefix=None, stop=None, **sampling):
+def generate(model, idx, max_new_tokens, prefix=None, stop=None, before_block=None, **sampling):
     """Continue token ids (B, T) by up to max_new_tokens: (B, T + new). The plain form:
 
         for _ in range(max_new_tokens):
@@ -332,7 +256,8 @@ def generate(model, idx, max_new_tokens, prefix=None, stop=None, **sampling):
     Here a KV cache keeps what was computed, and a full context drops its older half at once
     (test_cached_equals_uncached_beyond_the_context).
     prefix: vectors (B, P, C) before the ids, which then begin at position P; idx may be (B, 0).
-    stop: a token that ends its row, which is then filled up with it. sampling: see sample_token().
+    stop: a token that ends its row, which is then filled up with it. before_block: see
+    GPT.hidden_states(). sampling: see sample_token().
     """
     P = 0 if prefix is None else prefix.size(1)
     room = model.config.block_size - P
@@ -340,7 +265,9 @@ def generate(model, idx, max_new_tokens, prefix=None, stop=None, **sampling):
     context = idx[:, -room:]
     cache = None
     for _ in range(max_new_tokens):
-        if context.size(1) > room:  # so everything is computed anew once in room / 2 tokens only
+        if context.size(1) > room:
+            # a cached key belongs to its position, so the cache cannot slide: drop the older half
+            # and compute the rest again, which happens only once in room / 2 tokens
             context = context[:, -(room // 2) :]
             cache = None
         positions = torch.arange(P, P + context.size(1), device=idx.device)
@@ -351,7 +278,7 @@ def generate(model, idx, max_new_tokens, prefix=None, stop=None, **sampling):
                 x = torch.cat([prefix, x], dim=1)  # (B, P + T, C)
         else:  # decode: only the newest token
             x = model.embed(context[:, -1:], positions[-1:])  # (B, 1, C)
-        h = model.hidden_states(x, cache=cache)
+        h = model.hidden_states(x, cache=cache, before_block=before_block)
         token = sample_token(model.logits(h[:, -1]).float(), **sampling)  # (B,)
         if stop is not None:
             token = torch.where(running, token, stop)
@@ -390,7 +317,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 #
 # The shards of a split are one long row of tokens. It is cut into windows of T; an epoch is all
 # windows in a random order that depends on (seed, epoch) alone. So any step of any run can be
-# computed by itself, on any number of processes, and an interrupted run goes on exactly.
+# computed by itself, on any number of processes, and an interrupted run resumes exactly.
 
 
 class TokenDataset:
@@ -510,6 +437,7 @@ class Recipe:
     log_every: int = 20
 
 
+# Vocabularies are padded to a multiple of 64, which is faster: 431 to 448, 50,257 to 50,304
 PRESETS = {  # T, V, layers, heads, C
     # 0.9 M parameters, for the toy data; 16 M, for real text on a CPU
     "tiny": GPTConfig(fineweb.TOY_BLOCK, 448, 4, 4, 128, 0.06, vocab_padding=17, sinusoids=True),
@@ -522,6 +450,7 @@ PRESETS = {  # T, V, layers, heads, C
     "gpt2-xl": GPTConfig(1024, 50304, 48, 25, 1600, vocab_padding=47),
 }
 RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up
+    # in these few minutes GPT-2's own recipe does not learn to read maps: Muon and sinusoids do
     "tiny": Recipe(1_600, 1_536, 24, 1e-3, 40, muon_lr=0.02, eval_every=200, eval_tokens=20_480),
     "small": Recipe(500, 8_192, 16, 2e-3, 50, eval_every=50, eval_tokens=16_384),
     # GPT-3's recipe: 19,073 steps of 524,288 tokens are 10.0 B, 715 of them 375 M
@@ -562,20 +491,22 @@ def get_lr(step, recipe):
 
 
 def configure_optimizer(model, recipe, lr_scale=None):
-    """AdamW (Loshchilov & Hutter 2019), or Muon with it; biases and LayerNorms do not decay.
+    """AdamW (Loshchilov & Hutter 2019), with Muon for matrices; biases, LayerNorms do not decay.
 
     lr_scale: {name of a parameter: factor of its learning rate}.
     """
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            muon = recipe.muon_lr * recipe.lr > 0 and name.startswith("h.") and p.dim() == 2
             decay = recipe.weight_decay if p.dim() >= 2 else 0.0
-            scale = recipe.muon_lr / recipe.lr if muon else (lr_scale or {}).get(name, 1.0)
+            scale = (lr_scale or {}).get(name, 1.0)
+            muon = recipe.muon_lr > 0 and name.startswith("h.") and p.dim() == 2
+            if muon:
+                scale = recipe.muon_lr / max(recipe.lr, 1e-12)  # --lr 0 trains nothing
             group = {"params": [], "weight_decay": decay, "lr_scale": scale, "muon": muon}
             groups.setdefault((decay, scale, muon), group)["params"].append(p)
     options = {"lr": recipe.lr, "betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
-    return Muon(list(groups.values()), **options)
+    return Muon(list(groups.values()), **options)  # AdamW for all groups without "muon"
 
 
 def set_lr(optimizer, lr):
@@ -598,9 +529,9 @@ def train_step(model, optimizer, micro_batches, grad_clip, device):
     total = torch.zeros((), device=device)
     for i, (*inputs, share) in enumerate(micro_batches):
         inputs = [x.to(device, non_blocking=True) for x in inputs]
-        last = i == len(micro_batches) - 1
+        wait = world_size() > 1 and i < len(micro_batches) - 1
         # DDP sums the gradients over ranks in backward(); on the last micro-batch is enough
-        with contextlib.nullcontext() if last or world_size() == 1 else model.no_sync():
+        with model.no_sync() if wait else contextlib.nullcontext():
             with autocast(device):  # mixed precision: fp32 weights, matrix products in bf16
                 _, loss = model(*inputs)
             (loss * share * world_size()).backward()  # DDP takes the mean, we want the sum
@@ -616,7 +547,7 @@ def train_step(model, optimizer, micro_batches, grad_clip, device):
 def train(args):
     """Train a preset, or go on with its run, until the last step.
 
-    Run (appendix C) keeps the run's folder: resume() reads ckpt.pt, save() writes it, log() adds
+    Run (appendix D) keeps the run's folder: resume() reads ckpt.pt, save() writes it, log() adds
     to log.csv, progress() prints a line, and Ctrl-C makes stop_requested() true.
     """
     device = pick_device()
@@ -666,7 +597,7 @@ def train(args):
 def validate(model, config, val_sets, tokenizer, recipe, device):
     """Print the mean loss over eval_tokens of each validation set; returns columns of the log.
 
-    The loss is in nats a token, and in bits a byte of text, which does not depend on the tokenizer.
+    The loss is in nats per token, and in bits per byte of text, whatever the tokenizer.
     """
     T = config.block_size
     bytes_of = [len(tokenizer.decode_single_token_bytes(i)) for i in range(tokenizer.n_vocab)]
@@ -687,7 +618,7 @@ def validate(model, config, val_sets, tokenizer, recipe, device):
         nats, tokens, size = all_reduce(sums.to(device)).tolist()
         row[f"val_{name}"] = nats / tokens
         bits = nats / math.log(2) / max(size, 1)
-        print(f"           {name} {nats / tokens:.4f} nats a token, {bits:.3f} bits a byte")
+        print(f"           {name} {nats / tokens:.4f} nats per token, {bits:.3f} bits per byte")
     return row
 
 
@@ -736,7 +667,7 @@ def pack(rows):
     N = 8 * math.ceil(max(outputs) / 8)
     idx = np.zeros((B, T), np.int64)
     positions = np.zeros((B, T), np.int64)
-    part = np.full((B, T), -1)
+    part = np.full((B, T), -1)  # 0: the beginning, k + 1: continuation k, -1: padding
     source = np.zeros((B, N), np.int64)
     targets = np.full((B, N), -100)
     owner = np.full((B, N), -1)
@@ -748,19 +679,20 @@ def pack(rows):
         t = P  # where the next input goes
         n = 0  # where the next target goes
         for k, tokens in enumerate(continuations):
-            t_end = t + len(tokens) - 1
-            n_end = n + len(tokens)
-            idx[b, t:t_end] = tokens[:-1]
-            positions[b, t:t_end] = np.arange(P, P + t_end - t)
-            part[b, t:t_end] = k + 1
-            source[b, n:n_end] = [P - 1, *range(t, t_end)]
-            targets[b, n:n_end] = tokens
-            owner[b, n:n_end] = k
-            t = t_end
-            n = n_end
-    mask = part[:, :, None] == part[:, None, :]
-    mask |= part[:, None, :] == 0
-    mask &= np.tri(T, dtype=bool)
+            inputs = slice(t, t + len(tokens) - 1)  # the last token is never an input
+            outputs = slice(n, n + len(tokens))
+            idx[b, inputs] = tokens[:-1]
+            positions[b, inputs] = range(P, P + len(tokens) - 1)
+            part[b, inputs] = k + 1
+            # the end of the beginning predicts the first token, each token the one after it
+            source[b, outputs] = [P - 1, *range(inputs.start, inputs.stop)]
+            targets[b, outputs] = tokens
+            owner[b, outputs] = k
+            t = inputs.stop
+            n = outputs.stop
+    same_part = part[:, :, None] == part[:, None, :]  # (B, query, key)
+    to_beginning = part[:, None, :] == 0
+    mask = (same_part | to_beginning) & np.tri(T, dtype=bool)
     arrays = (idx, positions, mask[:, None], source, targets, owner)
     return Packed(*map(torch.from_numpy, arrays))
 
@@ -1109,7 +1041,91 @@ def hardware_use(flops_per_second):
 
 
 # -----------------------------------------------------------------------------
-# Appendix B: what helps a short training: positions that begin as sinusoids, and Muon
+# Appendix B: the loss without the logits of a whole batch
+
+ROWS = 2048  # of logits that exist at a time
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The summed cross-entropy of hidden states h (N, C) under a head W (V, C), by chunks of rows.
+
+    The gradient of -log softmax(z)[y] in z is softmax(z) - one_hot(y), known as soon as the logits
+    are. So the forward pass computes it too, chunk after chunk, and the backward pass only hands it
+    out (which torch.compile cannot trace):
+
+        for i in range(0, N, ROWS):
+            logits = h[i:i + ROWS] @ W.T                                   # (rows, V)
+            loss += cross_entropy(logits, targets[i:i + ROWS])
+            grad_logits = softmax(logits) - one_hot(targets[i:i + ROWS])
+            grad_h[i:i + ROWS] = grad_logits @ W
+            grad_W += grad_logits.T @ h[i:i + ROWS]
+
+    test_loss_and_its_gradients_equal_float64
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, n_vocab):
+        dtype = h.dtype
+        if torch.is_autocast_enabled(h.device.type):
+            dtype = torch.get_autocast_dtype(h.device.type)  # mixed precision: products in bf16
+        W = weight.to(dtype)
+        total = torch.zeros((), device=h.device)
+        needs_h, needs_weight = ctx.needs_input_grad[:2]
+        grad_h = torch.empty_like(h) if needs_h else None
+        grad_weight = None
+        buffer = W.new_empty(min(len(h), ROWS), len(W))  # one for all chunks: new memory is slow
+        for i in range(0, len(h), ROWS):
+            x = h[i : i + ROWS].to(dtype)
+            target = targets[i : i + ROWS, None]
+            counts = target != -100
+            logits = torch.mm(x, W.T, out=buffer[: len(x)])
+            total += loss_and_gradient(logits, target, n_vocab)  # logits become their gradient
+            if needs_h:
+                grad_h[i : i + ROWS] = logits @ W * counts
+            if needs_h and needs_weight:  # neither in an evaluation
+                grad = (logits.T @ (x * counts)).to(weight.dtype)
+                grad_weight = grad if grad_weight is None else grad_weight.add_(grad)
+        ctx.save_for_backward(grad_h, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total):
+        grads = [None if grad is None else grad.mul_(grad_total) for grad in ctx.saved_tensors]
+        return *grads, None, None
+
+
+def loss_and_gradient(logits, target, n_vocab):
+    """Summed cross-entropy of logits (rows, V), which are overwritten by their gradient.
+
+    target: (rows, 1); where it is -100 the loss is 0 and the gradient means nothing. On CUDA this
+    is one compiled function, so that the logits are read twice and written once.
+    """
+    if logits.is_cuda and can_compile():
+        return compiled(softmax_minus_one_hot)(logits, target, n_vocab)
+    rows = max(1, 500_000 // logits.size(1))  # as many as fit into a CPU's cache in fp32
+    pieces = zip(logits.split(rows), target.split(rows), strict=True)
+    return sum(softmax_minus_one_hot(z, y, n_vocab) for z, y in pieces)
+
+
+def softmax_minus_one_hot(logits, target, n_vocab):
+    """loss_and_gradient() in plain PyTorch; test_the_compiled_head_stores_no_fp32_logits"""
+    logits[:, n_vocab:] = -math.inf  # rows of the table that are no tokens get no probability
+    log_p = F.log_softmax(logits, dim=1, dtype=torch.float32)
+    index = target.clamp(min=0)
+    log_p_target = log_p.gather(1, index)  # (rows, 1)
+    logits.copy_(log_p.exp_())
+    logits.scatter_(1, index, (log_p_target.exp() - 1).to(logits.dtype))  # minus the one-hot
+    return -(log_p_target * (target != -100)).sum()
+
+
+@functools.cache
+def compiled(function):
+    """The function through torch.compile, once."""
+    return torch.compile(function)
+
+
+# -----------------------------------------------------------------------------
+# Appendix C: what helps a short training: positions that begin as sinusoids, and Muon
 
 
 def sinusoids(T, C, std):
@@ -1127,7 +1143,7 @@ def sinusoids(T, C, std):
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but for groups with "muon": orthogonalized steps (Muon, Jordan et al. 2024).
+    """AdamW, except for groups with "muon": orthogonalized steps (Muon, Jordan et al. 2024).
 
     A gradient U S V^T of a matrix has few large singular values S: steps along it move the few
     directions that it is most about, and hardly the others. U V^T, with all singular values 1,
@@ -1183,7 +1199,7 @@ def orthogonalize(G):
 
 
 # -----------------------------------------------------------------------------
-# Appendix C: the folder of a run
+# Appendix D: the folder of a run
 
 FORMAT = 2  # of checkpoints
 PATIENCE = 10  # steps in a row whose loss is not finite before a run gives up
@@ -1273,7 +1289,7 @@ class Run:
 
     def exit(self):
         """End the process as a signal would have."""
-        print(f"stopped after step {self.step:,}; the same command goes on from there")
+        print(f"stopped after step {self.step:,}; the same command resumes it")
         sys.exit(128 + (self.signal or signal.SIGTERM))
 
     def count_step(self, loss, norm):
@@ -1480,7 +1496,7 @@ def choose_setup(args, device):
 
 
 def choose_recipe(recipe, args, T):
-    """The recipe with the flags' changes; UserError if a step is no multiple of micro-batches."""
+    """The recipe with the flags' changes; UserError if micro-batches do not fill a step."""
     recipe = with_flags(recipe, args)
     if args.micro_batch is None:  # the preset's, or what divides the step
         windows = recipe.batch_size // (T * world_size())
@@ -1488,7 +1504,8 @@ def choose_recipe(recipe, args, T):
     unit = T * recipe.micro_batch * world_size()
     if recipe.batch_size % unit or not recipe.batch_size:
         what = f"{recipe.micro_batch} windows of {T} tokens on {world_size()} processes = {unit:,}"
-        raise UserError(f"--batch-tokens {recipe.batch_size:,} is no multiple of {what}: change it")
+        reason = f"--batch-tokens {recipe.batch_size:,} is not a multiple of {what}"
+        raise UserError(f"{reason}: change it")
     return recipe
 
 
@@ -1579,7 +1596,7 @@ def main(arguments=None):
     group.add_argument("--eval", action="store_true", help="validation loss and HellaSwag")
     group.add_argument("--export-hf", metavar="DIR", help="write a folder for transformers")
     group.add_argument("--ckpt", help="checkpoint, run, folder for transformers, or gpt2, gpt2-xl")
-    group.add_argument("--limit", type=positive, help="HellaSwag on so many of its items, random")
+    group.add_argument("--limit", type=positive, help="use only so many random HellaSwag items")
     group.add_argument("--max-new-tokens", type=positive, help="of a sample (default: 200)")
     group.add_argument("--temperature", type=number(float, 0, 100), help="(default: 0.8)")
     group.add_argument("--top-k", type=positive, help="only the k most probable tokens")
