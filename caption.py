@@ -291,7 +291,8 @@ class Captioner(nn.Module):
     def pack(self, captions):
         """Packed captions; captions: for each picture token lists, ended by <|endoftext|>."""
         beginning = [self.eot] * self.bridge.P  # placeholders, replaced in loss()
-        return train_gpt2.pack([(beginning, group) for group in captions])
+        rows = [(beginning, [ids[: self.room] for ids in group]) for group in captions]
+        return train_gpt2.pack(rows)
 
     def forward(self, vision, packed, advantages=None):
         """(None, mean loss), as GPT has it with targets; advantages (B, K): see chapter 5."""
@@ -452,13 +453,12 @@ def train(name, setup, args, blind=False):
         train_set = train_set.blind()
         val_set = val_set.blind()
     torch.manual_seed(args.seed)
-    if args.scst:  # goes on from the bridge that was trained with cross-entropy
-        captioner = load_captioner(run_folder(name, args) / "best.pt", setup, args)
-    else:
-        captioner = build(name, *train_set.features[0].shape[1:], setup.decoder).to(device)
+    captioner = build(name, *train_set.features[0].shape[1:], setup.decoder).to(device)
+    if args.scst:  # continues from the bridge that was trained with cross-entropy
+        captioner = trained_bridge(run_folder(name, args), setup, args)
     recipe = choose_recipe(name, setup, len(train_set), args)
     optimizer = train_gpt2.configure_optimizer(captioner.bridge, recipe, {"gates": GATE_LR_SCALE})
-    kind = describe_run(name, setup, train_set, recipe, args)
+    kind = describe_run(name, captioner, setup, train_set, recipe, args)
     out = run_folder(name, args, blind, args.scst)
     run = Run(out, kind, recipe, "captions", args.restart)
     run.resume(captioner.bridge, optimizer)
@@ -469,12 +469,13 @@ def train(name, setup, args, blind=False):
     print(f"bridge     {out}: {parameters:,} trainable parameters, {steps}", flush=True)
     parallel = train_gpt2.parallelize(captioner, device, compile=False)
     captions_a_step = recipe.batch_size * sum(map(len, train_set.captions)) / len(train_set)
+    get = functools.partial(get_micro_batches, train_set, captioner, recipe, args.seed)
+    batches = train_gpt2.prefetch(get, run.step, recipe.max_steps)
     if args.scst:
         batches = sampled_batches(train_set, captioner, setup.tokenizer, recipe, run.step, args)
-    else:
-        get = functools.partial(get_micro_batches, train_set, captioner, recipe, args.seed)
-        batches = train_gpt2.prefetch(get, run.step, recipe.max_steps)
     with run:
+        if args.scst and run.step == 0:
+            run.log(validate(captioner, val_set, run, setup.tokenizer))
         for step, micro_batches in batches:
             lr = get_lr(step, recipe)
             train_gpt2.set_lr(optimizer, lr)
@@ -535,29 +536,46 @@ def choose_recipe(name, setup, pictures, args):
     return recipe
 
 
-def describe_run(name, setup, train_set, recipe, args):
+def trained_bridge(folder, setup, args):
+    """The Captioner of a run of cross-entropy that has come to its end."""
+    if not list(folder.glob("scores*.json")):
+        raise UserError(f"{folder} has no trained bridge: train it first, without --scst")
+    return load_captioner(folder / "best.pt", setup, args)
+
+
+def describe_run(name, captioner, setup, train_set, recipe, args):
     """What has to stay the same when a run is continued, and what its bridge needs to be used."""
     S, D = train_set.features[0].shape[1:]
     captions = hashlib.sha256(json.dumps(train_set.captions).encode()).hexdigest()[:16]
     kind = {"toy": setup.toy, "bridge": name, "S": S, "D": D, "grid": args.grid_size}
     kind |= {"captions": captions}
     kind |= {"decoder": setup.decoder_name, "clip": setup.encoder.name}
+    if args.scst:  # samples depend on what is computed together
+        parts = [recipe.micro_batch, train_gpt2.world_size()]
+        kind |= {"base": fingerprint(captioner.bridge), "parts": parts}
     return kind | {"seed": args.seed, "batch_size": recipe.batch_size}
 
 
 def run_folder(name, args, blind=False, scst=False):
     """--out, or runs/<setup>-<bridge>; under --compare each bridge has a folder in --out."""
-    folder = f"{name}-blind" if blind else name
-    out = Path(args.out or f"runs/{setup_name(args)}-{folder}")
+    folder = (f"{name}-blind" if blind else name) + seed_suffix(args)
+    setup = "toy" if is_toy(args) else Path(args.data or "data/coco").resolve().name
+    out = Path(args.out or f"runs/{setup}-{folder}")
     if args.compare and args.out:
         out = out / folder
     return out.with_name(f"{out.name}-scst") if scst else out
+
+
+def seed_suffix(args):
+    """What stands after the names of runs with another seed than 0."""
+    return f"-{args.seed}" if args.seed else ""
 
 
 # -----------------------------------------------------------------------------
 # 5. Self-critical training: captions that are trained on their score
 
 SAMPLES = 5  # K captions of each picture
+END = "<end>"  # a word of the reward
 
 
 def sampled_batches(train_set, captioner, tokenizer, recipe, first_step, args):
@@ -574,16 +592,19 @@ def sampled_batches(train_set, captioner, tokenizer, recipe, first_step, args):
             loss -= (rewards[k] - baseline) * log_p(samples[k])
 
     The baseline does not depend on the sample, so on average it changes nothing; it takes away most
-    of the noise: a caption that is as good as the others is left alone. The samples of a step come
-    from the weights of this step. test_self_critical_gradient_equals_the_exact_one
+    of the noise: a caption that is as good as the others is left alone. The end counts as a word,
+    or captions would end in "on a". The samples of a step come from the weights of this step; the
+    loss that is printed only has the right gradient.
+    test_self_critical_gradient_equals_the_exact_one
     """
     device = pick_device()
     references = []
     for picture in train_set.pictures:
-        references.append([coco_eval.tokenize(text) for text in picture["captions"]])
+        references.append([[*coco_eval.tokenize(text), END] for text in picture["captions"]])
     cider = coco_eval.CIDEr(references)
     for step in range(first_step, recipe.max_steps):
-        generator = torch.Generator(device).manual_seed(args.seed * 10**9 + step)
+        seed = (args.seed * 10**6 + step) * 1000 + rank()
+        generator = torch.Generator(device).manual_seed(seed)
         chosen = train_gpt2.step_indices(args.seed, step, recipe.batch_size, len(train_set))
         mine = np.array_split(chosen, train_gpt2.world_size())[rank()]
         batches = []
@@ -594,8 +615,10 @@ def sampled_batches(train_set, captioner, tokenizer, recipe, first_step, args):
                 rows = captioner.generate(repeated, temperature=1.0, generator=generator)
             samples = [until_end(row, captioner.eot) for row in rows.tolist()]
             rewards = []
-            for text, picture in zip(decode(samples, tokenizer), part.repeat(SAMPLES), strict=True):
-                rewards.append(cider.score(references[picture], coco_eval.tokenize(text)))
+            for ids, picture in zip(samples, part.repeat(SAMPLES), strict=True):
+                words = coco_eval.tokenize(decode([ids], tokenizer)[0])
+                words += [END] * ids.count(captioner.eot)
+                rewards.append(cider.score(references[picture], words))
             groups = [samples[i : i + SAMPLES] for i in range(0, len(samples), SAMPLES)]
             packed = captioner.pack(groups)
             advantages = beyond_the_others(torch.tensor(rewards).view(-1, SAMPLES))
@@ -746,20 +769,20 @@ def evaluate(out, setup, args, beam=None):
     row["shuffled"] = caption_loss(captioner, seen.shuffled(), device)[1]
     if len(unseen):  # the toy pictures, whose scenes are known
         row["captions true"] = true_captions(texts, seen.pictures)
-        groups = {"facts": seen, "facts, shuffled": seen.shuffled(), "facts, unseen pairs": unseen}
+        groups = {"": seen, ", unseen pairs": unseen, ", shuffled": seen.shuffled()}
         for kind, group in groups.items():
             options = {"max_new_tokens": 8}
             answer = functools.partial(write_all_captions, captioner, group, tokenizer, **options)
-            row[kind] = ask_facts(group.pictures, tokenizer, answer)
+            for fact, share in ask_facts(group.pictures, tokenizer, answer).items():
+                row[fact + kind] = share
+            facts = [f"{fact} {row[fact + kind]:.2f}" for fact in coco_eval.FACTS]
+            print(f"{'facts' + kind:22} {'  '.join(facts)}")
+        print(f"captions without a false statement: {row['captions true']:.2f}")
     if rank() == 0:
         write_scores(Path(out), seen.pictures, texts, row | scores, "_beam" if beam else "")
     losses = f"{row['nats per caption']:.2f} nats per caption, shuffled {row['shuffled']:.2f}"
     print(f"{len(seen)} validation pictures of {setup.data}, {decoding}: {losses}")
     print(coco_eval.table(scores, len(seen)))
-    for kind in [key for key in row if key.startswith("facts")]:
-        print(f"{kind:22} " + "  ".join(f"{fact} {share:.2f}" for fact, share in row[kind].items()))
-    if "captions true" in row:
-        print(f"captions without a false statement: {row['captions true']:.2f}")
     print(f"{out} has best.pt, results, scores, curves.png and grid.png")
     return row
 
@@ -795,50 +818,69 @@ def draw_grid(path, images, captions, columns=3, size=256):
         sheet.save(file, "PNG")
 
 
-def compare(setup, args):
-    """Train and score all bridges under one budget, and blind ones: one table, one picture."""
-    rows = {}
+def compare(args):
+    """Train and score all bridges under one budget, with one seed or more: a table and a chart."""
+    first = args.seed
+    results = []
+    for seed in range(first, first + (args.seeds or 1)):
+        args.seed = seed  # in the toy setup that of the decoder and of CLIP too
+        results.append(compare_bridges(open_setup(args), args))
+    args.seed = first
+    table = "\n".join(comparison(results))
+    path = run_folder("compare", args) / "table.md"
+    if rank() == 0:
+        with fineweb.atomic_write(path, "w") as file:
+            file.write(table + "\n")
+    print(f"\n{table}\n\n{path.parent} has table.md and curves.png")
+
+
+def compare_bridges(setup, args):
+    """{bridge: its numbers} for one seed, also of a blind bridge and of the map in words.
+
+    The blind bridge sees zeros: what it reaches needs no picture. The decoder that reads the scene
+    as a map is the upper bound of every bridge.
+    """
+    columns = {}
     curves = {}
-    for name in BRIDGES:
-        out = train(name, setup, args)
-        blind = train(name, setup, args, blind=True)
-        logs = [train_gpt2.read_log(folder / "log.csv") for folder in (out, blind)]
-        if logs[0][-1]["step"] != logs[1][-1]["step"]:
-            raise UserError(f"{out} and {blind} have different budgets: use --restart")
-        curves[name], curves[f"{name}, blind"] = (train_gpt2.curve(log, "val_val") for log in logs)
-        best, best_blind = (min(row["val_val"] for row in log if "val_val" in row) for log in logs)
-        rows[name] = evaluate(out, setup, args) | {"seconds": logs[0][-1]["seconds"]}
-        rows[name]["blind"] = rows[name]["nats per caption"] * best_blind / best
-    pictures, _ = split_unseen(load_pictures(setup, "val", args))
-    if rank() > 0:
-        return
-    folder = Path(args.out or f"runs/{setup.name}-compare")
-    folder.mkdir(parents=True, exist_ok=True)
-    curves = dict(sorted(curves.items(), key=lambda item: "blind" in item[0]))
-    train_gpt2.draw_curves(folder / "curves.png", {"validation loss, nats per token": curves})
-    table = "\n".join(comparison(rows, setup, pictures.pictures))
-    with fineweb.atomic_write(folder / "table.md", "w") as file:
-        file.write(table + "\n")
-    print(f"\n{table}\n\n{folder} has table.md and curves.png")
+    seen, _ = split_unseen(load_pictures(setup, "val", args))
+    for name in [*BRIDGES, "blind"]:
+        blind = name == "blind"
+        out = train("linear" if blind else name, setup, args, blind)
+        log = train_gpt2.read_log(out / "log.csv")
+        curves[name] = train_gpt2.curve(log, "val_val")
+        if blind:
+            captioner = load_captioner(out / "best.pt", setup, args)
+            loss = caption_loss(captioner, seen.blind(), pick_device())[1]
+            columns["blind"] = {"nats per caption": loss}
+        else:
+            columns[name] = evaluate(out, setup, args) | {"seconds": log[-1]["seconds"]}
+    if setup.toy and setup.tokenizer.name == "tiny":
+        columns["map in words"] = map_facts(setup, seen.pictures)
+    out = run_folder("compare", args)
+    out.mkdir(parents=True, exist_ok=True)
+    if rank() == 0:
+        title = "validation loss, nats per token"
+        train_gpt2.draw_curves(out / "curves.png", {title: curves})
+    return columns
 
 
-def comparison(rows, setup, pictures):
-    """The lines of --compare's table in Markdown; rows: {bridge: what evaluate() returned}."""
-    yield f"| | {' | '.join(rows)} | map in words |"
-    yield "|---" * (len(rows) + 2) + "|"
-    numbers = {"parameters": ",", "nats per caption": ".2f", "blind": ".2f", "shuffled": ".2f"}
-    numbers |= {"CIDEr": ".3f", "METEOR": ".3f", "captions true": ".2f", "seconds": ".0f"}
-    for key, form in numbers.items():
-        if key in rows["linear"]:
-            yield f"| {key} | {' | '.join(format(row[key], form) for row in rows.values())} | |"
-    if "facts" in rows["linear"] and setup.tokenizer.name == "tiny":
-        for fact, share in map_facts(setup, pictures).items():
-            cells = []
-            for row in rows.values():
-                kinds = ("facts", "facts, shuffled", "facts, unseen pairs")
-                right, shuffled, unseen = (f"{row[kind][fact]:.2f}" for kind in kinds)
-                cells.append(f"{right} ({shuffled}; {unseen})")
-            yield f"| {fact} (shuffled; unseen pairs) | {' | '.join(cells)} | {share:.2f} |"
+def comparison(results):
+    """The lines of --compare's table; several results (seeds) give a mean and the extremes."""
+    names = list(results[0])
+    yield f"| | {' | '.join(names)} |"
+    yield "|---" * (len(names) + 1) + "|"
+    losses = dict.fromkeys(("nats per caption", "shuffled", "CIDEr", "METEOR"), ".3f")
+    facts = [*coco_eval.FACTS, "captions true", "objects, unseen pairs", "objects, shuffled"]
+    rows = {"parameters": ",.0f"} | losses | dict.fromkeys(facts, ".2f") | {"seconds": ".0f"}
+    for key, form in rows.items():
+        cells = []
+        for name in names:
+            values = [result[name][key] for result in results if key in result[name]]
+            cells.append(format(np.mean(values), form) if values else "")
+            if len(values) > 1:
+                cells[-1] += f" ({min(values):{form}} to {max(values):{form}})"
+        if any(cells):
+            yield f"| {key} | {' | '.join(cells)} |"
 
 
 # -----------------------------------------------------------------------------
@@ -877,7 +919,7 @@ def sample(args):
     if not path:
         out = run_folder(args.bridge, args, scst=args.scst)
         path = out / "best.pt"
-        if args.restart or not (out / "scores.json").exists():
+        if args.restart or not list(out.glob("scores*.json")):
             print(f"missing    the bridge: training {args.bridge}", flush=True)
             evaluate(train(args.bridge, setup, args), setup, args)
     captioner = load_captioner(path, setup, args)
@@ -920,7 +962,7 @@ def load_captioner(path, setup, args):
     if args.bridge:
         here["bridge"] = args.bridge
     for part, value in here.items():
-        if run.get(part) != value:
+        if str(run.get(part)).split()[-1] != value.split()[-1]:  # of "name fingerprint" the latter
             reason = f"{path} was trained for another {part}, {run.get(part)}, not {value}"
             raise UserError(f"{reason}: name that with {flags[part]}, or use --restart")
     captioner = build(run["bridge"], run["S"], run["D"], setup.decoder)
@@ -930,6 +972,8 @@ def load_captioner(path, setup, args):
 
 def read_bridge(path):
     """(what a bridge needs: decoder, CLIP, grid ..., its tensors), from a checkpoint or export."""
+    if not Path(path).exists():
+        raise UserError(f"{path} is not there: train first, or name another --ckpt")
     if Path(path).suffix != ".safetensors":
         checkpoint = train_gpt2.read_checkpoint(path)
         return checkpoint["run"], checkpoint["model"]
@@ -957,16 +1001,15 @@ def load_pictures(setup, split, args):
     """The PictureSet of a split, without the pictures that cannot be read."""
     pictures = coco_eval.read_dataset(setup.data, split)
     with train_gpt2.rank_zero_first():
-        features = cached_features(setup.encoder, pictures, args.grid_size, setup.name)
+        features = cached_features(setup.encoder, pictures, args.grid_size, setup.data.name)
     rows = np.flatnonzero(np.concatenate([~np.isnan(chunk[:, 0, 0]) for chunk in features]))
     if not len(rows):
         raise UserError(f"no picture of {setup.data} ({split}) can be read: check the folder")
     pictures = [pictures[i] for i in rows]
-    longest = min(LONGEST, setup.decoder.config.block_size - 34)  # after a prefix of 33
     captions = []
     for picture in pictures:
         texts = map(clean_caption, picture["captions"])
-        rows_of_ids = [setup.tokenizer.encode_ordinary(text)[:longest] for text in texts]
+        rows_of_ids = [setup.tokenizer.encode_ordinary(text)[:LONGEST] for text in texts]
         captions.append([[*ids, setup.tokenizer.eot_token] for ids in rows_of_ids])
     return PictureSet(pictures, captions, features, rows)
 
@@ -1025,7 +1068,6 @@ TOY_CLIP = {"embed_dim": 64, "quick_gelu": True, "vision_cfg": VISION, "text_cfg
 class Setup:
     """The frozen parts, and where the pictures are."""
 
-    name: str  # "toy", or what the folder of the pictures is called
     toy: bool
     data: Path
     encoder: ImageEncoder
@@ -1036,25 +1078,26 @@ class Setup:
 
 def open_setup(args):
     """The toy setup, made if it is missing, or the full one."""
-    name = setup_name(args)
-    toy = name == "toy"
+    toy = is_toy(args)
     if toy:
         data = Path("data/shapes")
-        clip = args.clip or "runs/toy-clip/ckpt.pt"
-        lm = args.lm or "runs/tiny/ckpt.pt"
+        clip = args.clip or f"runs/toy-clip{seed_suffix(args)}/ckpt.pt"
+        tiny = f"runs/tiny{seed_suffix(args)}"
+        lm = args.lm or f"{tiny}/ckpt.pt"
         print("setup      toy: its bridges know colored shapes only. For photographs on a laptop:")
         print("           python coco_eval.py --download --val-only   (1.1 GB; models: 2.3 GB)")
         print(f"           python caption.py --data data/coco --bridge {args.bridge or 'linear'}")
-        if lm == "runs/tiny/ckpt.pt" and not train_gpt2.is_finished("runs/tiny"):
-            print("missing    the decoder: python train_gpt2.py --preset tiny", flush=True)
-            train_gpt2.main(["--preset", "tiny"])  # on all ranks
+        if not args.lm and not train_gpt2.is_finished(tiny):
+            flags = ["--preset", "tiny", "--seed", str(args.seed), "--out", tiny]
+            print("missing    the decoder: python train_gpt2.py", *flags, flush=True)
+            train_gpt2.main(flags)  # on all ranks
         with train_gpt2.rank_zero_first():
             if not data.exists():
                 print(f"missing    the pictures: drawing them in {data}", flush=True)
                 coco_eval.make_shapes(data)
-            if clip == "runs/toy-clip/ckpt.pt" and not Path(clip).exists():
+            if not args.clip and not Path(clip).exists():
                 print("missing    the image encoder: a tiny CLIP on these pictures", flush=True)
-                train_clip(data, clip)
+                train_clip(data, clip, args.seed)
     else:
         data = Path(args.data or "data/coco")
         clip = args.clip or "ViT-L-14-quickgelu/openai"
@@ -1067,17 +1110,16 @@ def open_setup(args):
         decoder_name = f"{preset} {fingerprint(decoder)}"
         encoder = load_clip(clip)
     train_gpt2.freeze(decoder, pick_device())
-    return Setup(name, toy, data, encoder, decoder, tokenizer, decoder_name)
+    return Setup(toy, data, encoder, decoder, tokenizer, decoder_name)
 
 
-def setup_name(args):
-    """ "toy", or the folder of the pictures: --data; COCO with a GPU or a bridge trained on it."""
-    coco = Path("data/coco")
-    trained = Path(f"runs/coco-{args.bridge}/best.pt").exists()  # photographs, if they can be had
-    full = args.data or (coco.exists() and (trained or pick_device().type == "cuda"))
+def is_toy(args):
+    """Whether this is the toy setup: no --data, no bridge for photographs, no GPU with COCO."""
     if args.ckpt:
-        full = not read_bridge(args.ckpt)[0].get("toy")
-    return Path(args.data or coco).resolve().name if full else "toy"
+        return bool(read_bridge(args.ckpt)[0].get("toy"))
+    trained = Path(f"runs/coco-{args.bridge}/best.pt").exists()
+    on_gpu = pick_device().type == "cuda" and Path("data/coco").exists()
+    return not (args.data or trained or on_gpu)
 
 
 def fingerprint(module):
@@ -1191,7 +1233,8 @@ def flags():
     group.add_argument("--batch", dest="batch_size", type=positive, help="pictures a step")
     group.add_argument("--micro-batch", type=positive, help="pictures at once, for less memory")
     group.add_argument("--lr", type=number(float, 0, 1), help="the highest learning rate")
-    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
+    group.add_argument("--seed", type=number(int, 0, 10**6), default=0)
+    group.add_argument("--seeds", type=positive, help="how many to --compare, from --seed on")
     group.add_argument("--restart", action="store_true", help="forget what is in the run's folder")
     group = parser.add_argument_group("captions")
     group.add_argument("--ckpt", metavar="FILE", help="the bridge (default: best.pt of the run)")
@@ -1212,20 +1255,27 @@ def main():
     sampling = ("--num", "--temperature", "--top-p")
     if args.beam:
         parser.refuse(args, "--beam", *sampling)
+    if not args.compare:
+        parser.refuse(args, "one bridge", "--seeds")
     if not args.sample:
         parser.refuse(args, "anything but --sample", *sampling, "--grid", "--ckpt")
     if args.compare:
         others = ("--bridge", "--sample", "--eval", "--beam", "--scst")
         parser.refuse(args, "--compare", *others, "--export")
+    if args.scst:
+        parser.refuse(args, "--scst", "--ckpt")
+    training = ("--steps", "--lr", "--restart")
     if args.export:
-        parser.refuse(args, "--export", "--sample", "--eval", "--steps", "--lr", "--restart")
+        parser.refuse(args, "--export", "--sample", "--eval", *training)
+    if args.eval:
+        parser.refuse(args, "--eval", "--sample", *training)
     train_gpt2.join_processes()
     if args.export:
         export(args)
     elif args.sample:
         sample(args)
     elif args.compare:
-        compare(open_setup(args), args)
+        compare(args)
     else:
         setup = open_setup(args)
         if not args.eval:

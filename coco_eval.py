@@ -691,7 +691,7 @@ def make_shapes(folder, images=TRAIN_IMAGES, seed=0):
 
 FACTS = ("count", "objects", "place", "relation")
 THING = rf"({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
-SIZED_THING = regex.compile(rf"(?:({'|'.join(SIZES)}) )?{THING}")
+SIZED_THING = regex.compile(rf"{THING}(?: is ({'|'.join(SIZES)}))?")
 COUNT = regex.compile(rf"\b({'|'.join(NUMBERS.values())}) objects")
 PLACES = (
     regex.compile(rf"the (?P<thing>{THING}) is at the (?P<place>\w+ \w+)"),
@@ -699,7 +699,7 @@ PLACES = (
 )
 SIDE = "(?P<side>left|right|above|below)"
 RELATIONS = (
-    regex.compile(rf"a (?P<b>{THING}) with a (?P<a>{THING}) (?:to its )?{SIDE}"),
+    regex.compile(rf"a (?P<b>{THING}) (?:with|and) a (?P<a>{THING}) (?:to its )?{SIDE}"),
     regex.compile(rf"a (?P<a>{THING}) is (?:to the )?{SIDE}(?: of)? a (?P<b>{THING})"),
 )
 
@@ -714,7 +714,7 @@ def facts(caption, scene):
     stated = dict.fromkeys(FACTS)
     if match := COUNT.search(caption):
         stated["count"] = match[1] == NUMBERS[len(things)]
-    for size, color, shape in SIZED_THING.findall(caption):
+    for color, shape, size in SIZED_THING.findall(caption):
         thing = things.get(f"{color} {shape}")
         right = thing is not None and size in ("", thing["size"])
         stated["objects"] = right and stated["objects"] is not False

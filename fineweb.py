@@ -254,16 +254,16 @@ def encode_for_gpt2(text):
 # scene document shows first what is there, as a map, and then describes it:
 #
 #     <|endoftext|> . . . . red-circle red-circle . . BLUE-SQUARE BLUE-SQUARE . . ...   the map
-#     blue square top left, red circle top right                            two places, in 80 %
+#     blue square large top left, red circle small top right              two objects, in 80 %
 #     there are two objects                                                 one to five captions
 #     the blue square is at the top left
 #
 # The map says each cell twice, because a cell of a picture will be two of the 32 vision tokens
 # that stand in its place later, and writes large objects in capitals. Color and shape are one
 # word there: with a word each, the decoder had not learned to pair them after 50 s of training.
-# The places are those of two objects in random order: in the order of the map the decoder learns
-# to walk along the map instead of looking an object up, which is what captions ask for. Relations
-# are the hardest to learn, so they are four of the eight captions from which a document draws.
+# The two objects stand in random order: in the order of the map the decoder learns to walk along
+# the map instead of looking an object up, which is what captions ask for. Relations are the hardest
+# to learn, so they are four of the eight captions from which a document draws.
 
 COLORS = ("red", "green", "blue", "yellow", "pink", "white")
 SHAPES = ("circle", "square", "triangle", "cross")
@@ -318,7 +318,11 @@ def relations(a, b):
 
 
 def captions(scene, rng):
-    """Five captions of five kinds: count, two objects, a place, a relation, all objects."""
+    """Five captions of five kinds: count, two objects, a place, a relation, the sizes of all.
+
+    A size stands after its object: before it, a size is chosen first, and then an object has to be
+    found that fits, which the toy decoder got wrong in a third of all cases.
+    """
     objects = scene["objects"]
     a, b = rng.sample(objects, 2)
     relation = rng.choice(relations(a, b))
@@ -330,7 +334,7 @@ def captions(scene, rng):
         toward = relation
     number = NUMBERS[len(objects)]
     shuffled = rng.sample(objects, len(objects))
-    things = [f"a {thing['size']} {object_name(thing)}" for thing in shuffled]
+    things = [f"the {object_name(thing)} is {thing['size']}" for thing in shuffled]
     quarter = place(a)
     a = object_name(a)
     b = object_name(b)
@@ -338,7 +342,8 @@ def captions(scene, rng):
         rng.choice((f"there are {number} objects", f"{number} objects in a picture")),
         rng.choice((f"a picture of a {a} and a {b}", f"a {a} and a {b} can be seen")),
         rng.choice((f"the {a} is at the {quarter}", f"at the {quarter} there is a {a}")),
-        rng.choice((f"a {b} with a {a} {beside}", f"a {a} is {toward} a {b}")),
+        rng.choice((f"a {b} with a {a} {beside}", f"a {b} and a {a} {beside}",
+                    f"a {a} is {toward} a {b}")),
         f"{', '.join(things[:-1])} and {things[-1]}",
     ]
 
@@ -354,11 +359,11 @@ def scene_map(scene):
 
 
 def scene_document(scene, rng):
-    """A scene's map, in 80 % two places, and one to five captions, a line each."""
+    """A scene's map, in 80 % two objects' sizes and places, and one to five captions."""
     lines = [scene_map(scene)]
     pair = rng.sample(scene["objects"], 2)
     if rng.random() < 0.8:
-        lines.append(", ".join(f"{object_name(thing)} {place(thing)}" for thing in pair))
+        lines.append(", ".join(f"{object_name(t)} {t['size']} {place(t)}" for t in pair))
     relations = [captions(scene, rng)[3] for _ in range(3)]
     lines += rng.sample(captions(scene, rng) + relations, rng.randint(1, 5))
     return "\n".join(lines)
@@ -561,9 +566,11 @@ def lock(folder):
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
     except BlockingIOError:
+        os.close(handle)
         raise UserError(f"another process is at work in {folder}: choose another --out") from None
+    try:
+        yield
     finally:
         os.close(handle)
 
@@ -597,7 +604,7 @@ def hub_download(repo, name, **options):
     hub_logging.set_verbosity_error()  # it would report each failed try
     try:
         return Path(hf_hub_download(repo, name, **options))
-    except OSError as error:  # no network, no such file, a full disk
+    except Exception as error:  # no network, no such file, a full disk: its kinds are many
         reason = f"{repo}/{name} cannot be downloaded ({type(error).__name__})"
         raise UserError(f"{reason}: check the network, or set HF_ENDPOINT to a mirror") from None
 
