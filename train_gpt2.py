@@ -429,7 +429,7 @@ class Recipe:
     warmup_steps: int
     min_lr_ratio: float = 0.1  # the lowest learning rate as a share of the highest
     cooldown: float = 0.0  # share of the steps in which the rate falls linearly; 0: a cosine
-    muon: float = 0.0  # the rate of the hidden matrices as a multiple of lr; 0: all is AdamW's
+    muon: float = 0.0  # the rate of Muon's matrices as a multiple of lr; 0: all is AdamW's
     weight_decay: float = 0.1
     grad_clip: float = 1.0
     eval_every: int = 250
@@ -493,19 +493,21 @@ def get_lr(step, recipe):
     return recipe.lr * (recipe.min_lr_ratio + (1 - recipe.min_lr_ratio) * cosine)
 
 
-def configure_optimizer(model, recipe, lr_scale=None):
-    """AdamW (Loshchilov & Hutter 2019), with Muon for matrices; biases, LayerNorms do not decay.
+def configure_optimizer(model, recipe):
+    """AdamW (Loshchilov & Hutter 2019), or with it Muon for the matrices of linear layers.
 
-    lr_scale: {name of a parameter: factor of its learning rate}.
+    Biases and LayerNorms do not decay.
     """
     groups = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            decay = recipe.weight_decay if p.dim() >= 2 else 0.0
-            muon = recipe.muon > 0 and name.startswith("h.") and p.dim() == 2
-            scale = recipe.muon if muon else (lr_scale or {}).get(name, 1.0)
-            group = {"params": [], "weight_decay": decay, "lr_scale": scale, "muon": muon}
-            groups.setdefault((decay, scale, muon), group)["params"].append(p)
+    for module in model.modules():
+        is_linear = isinstance(module, (nn.Linear, nn.MultiheadAttention))
+        for p in module.parameters(recurse=False):
+            if p.requires_grad:
+                decay = recipe.weight_decay if p.dim() >= 2 else 0.0
+                muon = recipe.muon > 0 and is_linear and p.dim() == 2
+                scale = recipe.muon if muon else 1.0
+                group = {"params": [], "weight_decay": decay, "lr_scale": scale, "muon": muon}
+                groups.setdefault((decay, muon), group)["params"].append(p)
     options = {"lr": recipe.lr, "betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
     return Muon(list(groups.values()), **options)  # AdamW for all groups without "muon"
 
