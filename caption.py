@@ -146,8 +146,7 @@ class QFormerBridge(nn.Module):
 
     BLIP-2 begins with BERT's weights and a first stage that has losses of its own. Here it begins
     close to the linear bridge: in the first layer query i finds the token at position i + 1 and
-    passes it on, and all else adds nothing yet. From random weights unseen pairs of color and shape
-    were right in half of the cases, so in nine of ten.
+    passes it on, and all else adds nothing yet.
     """
 
     def __init__(self, S, D, decoder):
@@ -216,8 +215,7 @@ class CrossAttentionBridge(nn.Module):
 
     Each begins as a copy of the block's own attention, and the vision tokens at the decoder's own
     first positions: from the first step the decoder looks at the picture as it looks at its
-    context. Flamingo begins with random weights behind a closed gate; in the toy setup the decoder
-    then learned what is there, but hardly where.
+    context. (Flamingo begins with random weights behind a gate that is closed.)
     """
 
     def __init__(self, S, D, decoder):
@@ -278,12 +276,11 @@ BRIDGES = {"linear": LinearBridge, "cross": CrossAttentionBridge, "qformer": QFo
 
 def build(name, S, D, decoder):
     """A Captioner with a new bridge for S vision tokens of width D."""
-    bridge = BRIDGES[name](S, D, decoder)
     room = decoder.config.block_size
-    if bridge.P + 2 > room:
-        reason = f"a prefix of {bridge.P} leaves no room in a context of {room}"
+    if S + 2 > room:
+        reason = f"{S} vision tokens leave no room in a context of {room}"
         raise UserError(f"{reason}: use --grid-size 4x8, or another --lm")
-    return Captioner(bridge, decoder)
+    return Captioner(BRIDGES[name](S, D, decoder), decoder)
 
 
 # -----------------------------------------------------------------------------
@@ -528,7 +525,7 @@ def validate(captioner, val_set, run, tokenizer=None):
     tokenizer: given in self-critical training, where the best is that with the highest CIDEr-D.
     """
     token, caption = caption_loss(captioner, val_set, pick_device())
-    print(f"           val {token:.4f} nats per token, {caption:.3f} a caption", flush=True)
+    print(f"           val {token:.4f} nats per token, {caption:.3f} per caption", flush=True)
     row = {"val_val": token}
     worst_first = token
     if tokenizer:
@@ -1207,7 +1204,7 @@ def train_clip(data, path, seed=0):
     preprocess = open_clip.image_transform(64, is_train=False)
     images = torch.stack([preprocess(coco_eval.load_image(p["path"])) for p in pictures])
     captions = [picture["captions"][-1].replace(",", "").split() for picture in pictures]
-    colors = [sorted(set(words) & set(fineweb.COLORS)) for words in captions]
+    colors = [" ".join(sorted(set(words) & set(fineweb.COLORS))) for words in captions]
     texts = clip_texts(captions)
     gray_texts = clip_texts([[w for w in words if w not in fineweb.COLORS] for words in captions])
     recipe = Recipe(500, 64, 64, 1.5e-3, 50, muon=13, weight_decay=0.05)
@@ -1238,10 +1235,11 @@ def train_clip(data, path, seed=0):
 
 def similar_pictures(colors, seed, step, batch_size, group=8):
     """The pictures of a step: groups that have the same colors, in an order of each epoch's own."""
-    steps = len(colors) // batch_size  # of an epoch
+    steps = max(len(colors) // batch_size, 1)  # of an epoch
     rng = np.random.default_rng([seed, step // steps])
-    order = sorted(rng.permutation(len(colors)), key=lambda i: colors[i])
-    groups = np.array(order[: len(order) // group * group]).reshape(-1, group)
+    order = rng.permutation(len(colors))
+    order = order[np.argsort(np.array(colors)[order], kind="stable")]
+    groups = order[: len(order) // group * group].reshape(-1, group)
     order = rng.permutation(groups).ravel()
     return order[step % steps * batch_size :][:batch_size]
 

@@ -2744,11 +2744,11 @@ def test_pooling_equals_a_plain_loop(side, grid):
 
 
 def test_a_prefix_has_to_fit_into_the_context():
-    """A prefix that leaves no room; tokens that are attended to take none."""
+    """Vision tokens that leave no room for a caption."""
     decoder = small_model(config=train_gpt2.PRESETS["tiny"])
-    with pytest.raises(UserError, match="a prefix of 65 leaves no room.*--grid-size 4x8"):
-        caption.build("linear", 65, 12, decoder)
-    assert caption.build("cross", 65, 12, decoder).bridge.P == 1
+    for name in caption.BRIDGES:
+        with pytest.raises(UserError, match="65 vision tokens leave no room.*--grid-size 4x8"):
+            caption.build(name, 65, 12, decoder)
 
 
 @pytest.mark.parametrize("name", caption.BRIDGES)
@@ -2780,6 +2780,20 @@ def toy_clip(tmp_path_factory):
     content = {"clip": caption.TOY_CLIP, "model": model.state_dict()}
     train_gpt2.save_checkpoint(path, content)
     return path
+
+
+def test_batches_for_clip_have_hard_negatives():
+    """Batches in which colors alone tell pictures apart, or pictures that are left out."""
+    rng = random.Random(0)
+    colors = [" ".join(sorted(rng.sample(fineweb.COLORS, rng.randint(2, 4)))) for _ in range(800)]
+    epoch = [caption.similar_pictures(colors, 3, step, 64) for step in range(12)]
+    assert len(set(np.concatenate(epoch).tolist())) == 12 * 64
+    same = 0
+    for batch in epoch:
+        for group in batch.reshape(-1, 8):
+            same += len({colors[i] for i in group}) == 1
+    assert same > 0.5 * 12 * 8  # 50 sets of colors: some groups stand across a border
+    assert not np.array_equal(epoch[0], caption.similar_pictures(colors, 3, 12, 64))
 
 
 def test_vision_tokens_are_computed_once_and_gone_on_with(toy_clip, shapes, tmp_path, monkeypatch):
