@@ -699,7 +699,7 @@ PLACES = (
 )
 SIDE = "(?P<side>left|right|above|below)"
 RELATIONS = (
-    regex.compile(rf"a (?P<b>{THING}) (?:with|and) a (?P<a>{THING}) (?:to its )?{SIDE}"),
+    regex.compile(rf"a (?P<b>{THING}) with a (?P<a>{THING}) (?:to its )?{SIDE}"),
     regex.compile(rf"a (?P<a>{THING}) is (?:to the )?{SIDE}(?: of)? a (?P<b>{THING})"),
 )
 

@@ -254,16 +254,16 @@ def encode_for_gpt2(text):
 # scene document shows first what is there, as a map, and then describes it:
 #
 #     <|endoftext|> . . . . red-circle red-circle . . BLUE-SQUARE BLUE-SQUARE . . ...   the map
-#     blue square large top left, red circle small top right              two objects, in 80 %
+#     blue square top left, red circle top right                            two places, in 80 %
 #     there are two objects                                                 one to five captions
 #     the blue square is at the top left
 #
 # The map says each cell twice, because a cell of a picture will be two of the 32 vision tokens
 # that stand in its place later, and writes large objects in capitals. Color and shape are one
 # word there: with a word each, the decoder had not learned to pair them after 50 s of training.
-# The two objects stand in random order: in the order of the map the decoder learns to walk along
-# the map instead of looking an object up, which is what captions ask for. Relations are the hardest
-# to learn, so they are four of the eight captions from which a document draws.
+# The places are those of two objects in random order: in the order of the map the decoder learns
+# to walk along the map instead of looking an object up, which is what captions ask for. Relations
+# are the hardest to learn, so they are four of the eight captions from which a document draws.
 
 COLORS = ("red", "green", "blue", "yellow", "pink", "white")
 SHAPES = ("circle", "square", "triangle", "cross")
@@ -324,28 +324,33 @@ def captions(scene, rng):
     found that fits, which the toy decoder got wrong in a third of all cases.
     """
     objects = scene["objects"]
-    a, b = rng.sample(objects, 2)
-    relation = rng.choice(relations(a, b))
-    if relation in ("left", "right"):
-        beside = f"to its {relation}"
-        toward = f"to the {relation} of"
-    else:
-        beside = f"{relation} it"
-        toward = relation
     number = NUMBERS[len(objects)]
+    a, b = map(object_name, rng.sample(objects, 2))
+    thing = rng.choice(objects)
     shuffled = rng.sample(objects, len(objects))
     things = [f"the {object_name(thing)} is {thing['size']}" for thing in shuffled]
-    quarter = place(a)
-    a = object_name(a)
-    b = object_name(b)
     return [
         rng.choice((f"there are {number} objects", f"{number} objects in a picture")),
         rng.choice((f"a picture of a {a} and a {b}", f"a {a} and a {b} can be seen")),
-        rng.choice((f"the {a} is at the {quarter}", f"at the {quarter} there is a {a}")),
-        rng.choice((f"a {b} with a {a} {beside}", f"a {b} and a {a} {beside}",
-                    f"a {a} is {toward} a {b}")),
+        rng.choice((f"the {object_name(thing)} is at the {place(thing)}",
+                    f"at the {place(thing)} there is a {object_name(thing)}")),
+        relation_captions(scene, rng)[0],
         f"{', '.join(things[:-1])} and {things[-1]}",
     ]
+
+
+def relation_captions(scene, rng):
+    """Two captions of one relation; with the second a side has to be chosen before its object.
+
+    That is harder, so pictures are described by the first; documents have both.
+    """
+    a, b = rng.sample(scene["objects"], 2)
+    relation = rng.choice(relations(a, b))
+    a = object_name(a)
+    b = object_name(b)
+    if relation in ("left", "right"):
+        return f"a {b} with a {a} to its {relation}", f"a {a} is to the {relation} of a {b}"
+    return f"a {b} with a {a} {relation} it", f"a {a} is {relation} a {b}"
 
 
 def scene_map(scene):
@@ -359,12 +364,12 @@ def scene_map(scene):
 
 
 def scene_document(scene, rng):
-    """A scene's map, in 80 % two objects' sizes and places, and one to five captions."""
+    """A scene's map, in 80 % the places of two objects, and one to five captions, a line each."""
     lines = [scene_map(scene)]
     pair = rng.sample(scene["objects"], 2)
     if rng.random() < 0.8:
-        lines.append(", ".join(f"{object_name(t)} {t['size']} {place(t)}" for t in pair))
-    relations = [captions(scene, rng)[3] for _ in range(3)]
+        lines.append(", ".join(f"{object_name(thing)} {place(thing)}" for thing in pair))
+    relations = [rng.choice(relation_captions(scene, rng)) for _ in range(3)]
     lines += rng.sample(captions(scene, rng) + relations, rng.randint(1, 5))
     return "\n".join(lines)
 

@@ -174,7 +174,7 @@ def test_scenes_say_what_is_true():
         other = fineweb.random_scene(rng)
         captions = fineweb.captions(scene, rng)
         assert len(set(captions)) == 5
-        for text in captions:
+        for text in [*captions, *fineweb.relation_captions(scene, rng)]:
             stated = coco_eval.facts(text, scene)
             assert False not in stated.values(), (text, scene)
             seen |= set(stated.items()) | set(coco_eval.facts(text, other).items())
@@ -202,7 +202,7 @@ SCENE = {
         ("a picture of a red square and a blue square", {"objects": False}),
         ("the red circle is small and the blue square is large", {"objects": True}),
         ("the red circle is large and the blue square is large", {"objects": False}),
-        ("a blue square and a red circle to its left", {"objects": True, "relation": True}),
+        ("a red circle with a blue square below it", {"objects": True, "relation": False}),
         ("the red circle is at the top left", {"objects": True, "place": True}),
         ("at the bottom left there is a red circle", {"objects": True, "place": False}),
         ("the pink circle is at the top left", {"objects": False, "place": False}),
