@@ -408,7 +408,7 @@ class Captioner(nn.Module):
 # 4. Training a bridge
 
 # the highest learning rates: in the toy setup, with Muon at so many times that, in the full one
-LEARNING_RATES = {"linear": (5e-3, 4, 2e-3), "cross": (2e-3, 5, 4e-4), "qformer": (2e-3, 5, 4e-4)}
+LEARNING_RATES = {"linear": (1e-2, 4, 2e-3), "cross": (2e-3, 5, 4e-4), "qformer": (2e-3, 5, 4e-4)}
 LONGEST = 100  # tokens of a caption; val2017 has 57 at most, and one endless one would fill memory
 
 
