@@ -1002,7 +1002,7 @@ def read_bridge(path):
     if Path(path).suffix != ".safetensors":
         checkpoint = train_gpt2.read_checkpoint(path)
         return checkpoint["run"], checkpoint["model"]
-    with fineweb.whole(path, "a bridge that --export wrote", SafetensorError):
+    with fineweb.reading(path, "a bridge that --export wrote", SafetensorError):
         with safe_open(path, "pt") as file:
             return json.loads(file.metadata()["run"]), {k: file.get_tensor(k) for k in file.keys()}
 

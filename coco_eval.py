@@ -467,7 +467,7 @@ def checked(entry, id, text):
 def read_references(path):
     """{id: [caption, ...]} of a COCO annotation file."""
     references = {}
-    with fineweb.whole(path, 'COCO\'s "annotations", each with an "image_id" and a "caption"'):
+    with fineweb.reading(path, 'COCO\'s "annotations", each with an "image_id" and a "caption"'):
         for entry in json.loads(Path(path).read_bytes())["annotations"]:
             id, caption = checked(entry, "image_id", "caption")
             references.setdefault(id, []).append(caption)
@@ -477,7 +477,7 @@ def read_references(path):
 def read_results(path):
     """{id: caption} of a COCO result file; UserError when a picture has two."""
     results = {}
-    with fineweb.whole(path, 'a list of results, each with an "image_id" and a "caption"'):
+    with fineweb.reading(path, 'a list of results, each with an "image_id" and a "caption"'):
         for entry in json.loads(Path(path).read_bytes()):
             id, caption = checked(entry, "image_id", "caption")
             if id in results:
@@ -495,7 +495,7 @@ def read_dataset(folder, split):
     """
     path, pictures, shared = find_layout(Path(folder), split)
     dataset = {}
-    with fineweb.whole(path, "COCO annotations of images with id and file_name"):
+    with fineweb.reading(path, "COCO annotations of images with id and file_name"):
         content = json.loads(path.read_bytes())
         toy = content.get("generator") == TOY_GENERATOR
         for entry in content["images"]:

@@ -125,7 +125,7 @@ def read_tokens_info(folder):
     path = Path(folder) / "tokens.json"
     if not path.exists():
         return {"tokenizer": "gpt2", "source": "unknown"}
-    with whole(path, 'a JSON object that names the "tokenizer" gpt2 or tiny'):
+    with reading(path, 'a JSON object that names the "tokenizer" gpt2 or tiny'):
         info = json.loads(path.read_bytes())
         if info["tokenizer"] not in ("gpt2", "tiny"):
             raise ValueError(info["tokenizer"])
@@ -165,7 +165,7 @@ def read_documents(paths):
     for path in map(Path, paths):
         kind = path.suffix.lower()
         if kind == ".txt":
-            with whole(path, "text in UTF-8"):
+            with reading(path, "text in UTF-8"):
                 texts = [path.read_bytes().decode("utf-8-sig")]  # line ends stay
         elif kind == ".jsonl":
             texts = read_jsonl(path)
@@ -184,7 +184,7 @@ def read_jsonl(path):
     """Yield "text" of each line."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            with whole(f"{path} line {number}", 'a JSON object with a "text", in UTF-8'):
+            with reading(f"{path} line {number}", 'a JSON object with a "text", in UTF-8'):
                 text = json.loads(line.decode("utf-8-sig"))["text"] if line.strip() else ""
             yield text
 
@@ -195,7 +195,7 @@ def read_parquet(path):
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{path} needs pyarrow: pip install pyarrow") from None
-    with whole(path, 'parquet with a "text" in each row'):
+    with reading(path, 'parquet with a "text" in each row'):
         file = pyarrow.parquet.ParquetFile(path)
         for batch in file.iter_batches(batch_size=1000, columns=["text"]):
             yield from batch.column(0).to_pylist()
@@ -581,16 +581,16 @@ def lock(folder):
 
 
 @contextlib.contextmanager
-def whole(path, what, *errors, what_to_do="correct it, or get it again"):
+def reading(path, what, *errors, what_to_do="correct it, or get it again"):
     """Reading a file: what goes wrong in the body is one UserError, `path` is not `what`.
 
-    The body takes for granted that the file is as it should be; what it then stumbles over, or one
+    The body takes for granted that the file is as it should be; what then fails, or one
     of `errors`, becomes the reason.
     """
-    stumbles = (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)
+    mistakes = (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)
     try:
         yield
-    except (*stumbles, EOFError, *errors) as error:
+    except (*mistakes, EOFError, *errors) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:70]
         raise UserError(f"{path} is not {what} ({reason}): {what_to_do}") from None
 

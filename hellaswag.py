@@ -52,7 +52,7 @@ def load_examples(path=None):
     examples = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         fields = "an item with ctx, ctx_a, ctx_b, activity_label, four endings and a label, 0 to 3"
-        with fineweb.whole(f"{path} line {number}", fields):
+        with fineweb.reading(f"{path} line {number}", fields):
             if line.strip():
                 examples.append(parse(json.loads(line.decode("utf-8-sig"))))
     if not examples:

@@ -798,13 +798,13 @@ def from_pretrained(name):
         raise UserError(f"{path} is not there: save the model as one safetensors file")
     config_file = path.with_name("config.json")
     config = {}
-    with fineweb.whole(config_file, "a model's configuration"):
+    with fineweb.reading(config_file, "a model's configuration"):
         if config_file.exists():
             config = json.loads(config_file.read_bytes())
         for key, values in COMPUTED.items():
             if config.get(key, values[0]) not in values:
                 raise UserError(f"{path}: {key} is {config[key]!r}, {values[0]!r} is computed here")
-    with fineweb.whole(path, "a whole GPT-2", SafetensorError, RuntimeError):
+    with fineweb.reading(path, "a whole GPT-2", SafetensorError, RuntimeError):
         tensors = {name.removeprefix("transformer."): t for name, t in load_file(path).items()}
         V, C = tensors["wte.weight"].shape
         table = tensors["wte.weight"]
@@ -1374,7 +1374,7 @@ def read_checkpoint(path, holds="run"):
     what_to_do = f"rename {before} to it" if before.exists() else "name another, or --restart"
     what = f"a whole checkpoint of a {holds}, format {FORMAT}"
     damage = (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, RuntimeError)
-    with fineweb.whole(path, what, *damage, what_to_do=what_to_do):
+    with fineweb.reading(path, what, *damage, what_to_do=what_to_do):
         with zipfile.ZipFile(path) as parts:  # PyTorch does not look at the checksums
             if parts.testzip():
                 raise zipfile.BadZipFile("its checksum is wrong")
