@@ -902,7 +902,7 @@ def comparison(results):
         for name in names:
             values = [result[name][key] for result in results if key in result[name]]
             cells.append(format(np.mean(values), form) if values else "")
-            if len(values) > 1:
+            if len(set(values)) > 1:
                 cells[-1] += f" ({min(values):{form}} to {max(values):{form}})"
         if any(cells):
             yield f"| {key} | {' | '.join(cells)} |"
