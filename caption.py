@@ -903,7 +903,7 @@ def comparison(results):
             values = [result[name][key] for result in results if key in result[name]]
             cells.append(format(np.mean(values), form) if values else "")
             if len(set(values)) > 1:
-                cells[-1] += f" ({min(values):{form}} to {max(values):{form}})"
+                cells[-1] += f" ({min(values):{form}}-{max(values):{form}})"
         if any(cells):
             yield f"| {key} | {' | '.join(cells)} |"
 

@@ -2946,7 +2946,7 @@ def test_a_comparison_of_all_bridges(captions_run):
     scores = json.loads((folder / "all/cross/scores.json").read_text())
     assert rows["place"][1] == f"{scores['place']:.2f}" and len(rows["nats per caption"]) == 4
     results = [{"linear": {"place": x}} for x in (0.5, 0.6, 1.0)]
-    assert list(caption.comparison(results))[2] == "| place | 0.70 (0.50 to 1.00) |"
+    assert list(caption.comparison(results))[2] == "| place | 0.70 (0.50-1.00) |"
 
 
 def test_self_critical_training_and_an_exported_bridge(captions_run, shapes, server, tmp_path):
