@@ -1404,7 +1404,7 @@ def assert_same_outcome(whole, interrupted):
 
 
 @pytest.fixture(scope="session")
-def reading(tiny, tmp_path_factory):
+def whole(tiny, tmp_path_factory):
     """A run of 40 steps that nobody interrupted: (its folder, what it printed)."""
     folder = tmp_path_factory.mktemp("whole")
     process = train(tiny, folder)
