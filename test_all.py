@@ -1556,7 +1556,7 @@ def test_sampling_from_the_command_line(whole):
     (["--data", "nowhere"], ["nowhere has no shards", "fineweb.py"]),
     (["--data", "bare"], ["bare has shards without text"]),
     (["--lr", "nan"], ["--lr"]),
-    (["--preset", "tiny", "--batch-tokens", 1000, "--micro-batch", 4], ["no multiple of 4"]),
+    (["--preset", "tiny", "--batch-tokens", 1000, "--micro-batch", 4], ["not a multiple of 4"]),
     (["--preset", "small", "--data", "beyond", "--batch-tokens", 256], ["token 60000 of 50,257"]),
     (["--sample", "x", "--ckpt", "nothing.pt"], ["nothing.pt is not there", "train first"])])
 def test_a_mistake_is_one_line(args, words, tmp_path):
