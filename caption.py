@@ -346,6 +346,16 @@ class Captioner(nn.Module):
         length = min(max_new_tokens, self.room - prompt.size(1))
         return train_gpt2.generate(self.decoder, prompt, length, **sampling)
 
+    def prefill(self, vision, W):
+        """(cache, hidden states (B * W, C) of the last position): once a picture, then W rows."""
+        cache = [KVCache() for _ in self.decoder.h]
+        look = self.bridge.before_block(vision)
+        h = self.decoder.hidden_states(self.beginning(vision), cache=cache, before_block=look)
+        for layer in cache:
+            layer.k = layer.k.repeat_interleave(W, 0)
+            layer.v = layer.v.repeat_interleave(W, 0)
+        return cache, h[:, -1].repeat_interleave(W, 0)
+
     @torch.no_grad()
     def beam_search(self, vision, beams, max_new_tokens=30, length_penalty=1.0):
         """Token ids (B, new) of the best caption, keeping W = `beams` beginnings at every step:
@@ -367,13 +377,7 @@ class Captioner(nn.Module):
         length = torch.zeros(B, W, device=device)
         total = torch.full((B, W), -math.inf, device=device)
         total[:, 0] = 0  # the beams are alike at first: only one may go on
-        cache = [KVCache() for _ in self.decoder.h]
-        look = self.bridge.before_block(vision)
-        h = self.decoder.hidden_states(self.beginning(vision), cache=cache, before_block=look)
-        h = h[:, -1].repeat_interleave(W, 0)  # prefill: once for each picture, then a row each beam
-        for layer in cache:
-            layer.k = layer.k.repeat_interleave(W, 0)
-            layer.v = layer.v.repeat_interleave(W, 0)
+        cache, h = self.prefill(vision, W)
         look = self.bridge.before_block(vision.repeat_interleave(W, 0))
         for step in range(min(max_new_tokens, self.room)):
             log_p = self.decoder.logits(h).float().log_softmax(-1).view(B, W, -1)
@@ -487,12 +491,13 @@ def train(name, setup, args, blind=False):
     if run.step >= recipe.max_steps:
         return out
     parameters = sum(p.numel() for p in captioner.bridge.parameters())
-    steps = f"{recipe.max_steps:,} steps of {recipe.batch_size} pictures"
-    print(f"bridge     {out}: {parameters:,} trainable parameters, {steps}", flush=True)
+    steps = recipe.max_steps
+    print(f"bridge     {out}: {parameters:,} trainable parameters, {steps:,} steps", flush=True)
     parallel = train_gpt2.parallelize(captioner, device, compile=False)
     captions_a_step = recipe.batch_size * sum(map(len, train_set.captions)) / len(train_set)
     get = functools.partial(get_micro_batches, train_set, captioner, recipe, args.seed)
     batches = train_gpt2.prefetch(get, run.step, recipe.max_steps)
+    clip = recipe.grad_clip
     if args.scst:
         batches = sampled_batches(train_set, captioner, setup.tokenizer, recipe, run.step, args)
     with run:
@@ -501,7 +506,6 @@ def train(name, setup, args, blind=False):
         for step, micro_batches in batches:
             lr = get_lr(step, recipe)
             train_gpt2.set_lr(optimizer, lr)
-            clip = recipe.grad_clip
             loss, norm = train_gpt2.train_step(parallel, optimizer, micro_batches, clip, device)
             run.count_step(loss, norm)
             stop = run.stop_requested()

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import hashlib
 import http.server
+import importlib
 import io
 import itertools
 import json
@@ -1814,8 +1815,7 @@ def test_measured_steps_beside_nanogpt():
     if "PEER" not in os.environ:
         pytest.skip("needs PEER, the folder of nanoGPT's model.py")
     sys.path.insert(0, os.environ["PEER"])
-    import model as peer
-
+    peer = importlib.import_module("model")
     print()
     for preset, T, B in (("tiny", 64, 24), ("gpt2", 1024, 2)):
         c = dataclasses.replace(train_gpt2.PRESETS[preset], sinusoids=False)

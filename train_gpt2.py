@@ -694,8 +694,7 @@ def pack(rows):
             t = inputs.stop
             n = outputs.stop
     same_part = part[:, :, None] == part[:, None, :]  # (B, query, key)
-    to_beginning = part[:, None, :] == 0
-    mask = (same_part | to_beginning) & np.tri(T, dtype=bool)
+    mask = (same_part | (part[:, None, :] == 0)) & np.tri(T, dtype=bool)  # or of the beginning
     arrays = (idx, positions, mask[:, None], source, targets, owner)
     return Packed(*map(torch.from_numpy, arrays))
 
