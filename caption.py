@@ -491,8 +491,7 @@ def train(name, setup, args, blind=False):
     if run.step >= recipe.max_steps:
         return out
     parameters = sum(p.numel() for p in captioner.bridge.parameters())
-    steps = recipe.max_steps
-    print(f"bridge     {out}: {parameters:,} trainable parameters, {steps:,} steps", flush=True)
+    print(f"bridge     {out}: {parameters:,} trainable parameters", flush=True)
     parallel = train_gpt2.parallelize(captioner, device, compile=False)
     captions_a_step = recipe.batch_size * sum(map(len, train_set.captions)) / len(train_set)
     get = functools.partial(get_micro_batches, train_set, captioner, recipe, args.seed)
