@@ -2959,7 +2959,7 @@ def test_self_critical_training_and_an_exported_bridge(captions_run, shapes, ser
     rows = train_gpt2.read_log(out / "log.csv")
     assert [row["step"] for row in rows if "cider" in row] == [0, 1, 2, 3]
     first = train_gpt2.read_checkpoint(folder / "runs/shapes-cross/best.pt")["model"]
-    changed = train_gpt2.read_checkpoint(out / "best.pt")["model"]
+    changed = train_gpt2.read_checkpoint(out / "ckpt.pt")["model"]
     distance = {name: (p - changed[name]).abs().max().item() for name, p in first.items()}
     assert 0 < max(distance.values()) < 0.05  # three small steps from there
     file = tmp_path / "bridge.safetensors"
