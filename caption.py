@@ -61,7 +61,7 @@ class ImageEncoder:
 
     It is a vision transformer: each patch of the picture is a token, and one more, the class token,
     comes to describe the whole. We take the tokens after the second-to-last block: in OpenAI's CLIP
-    the loss sees only the class token of the last one, whose patches so are trained for nothing.
+    the loss sees only the class token of the last block, so its patches were trained for nothing.
     """
 
     def __init__(self, visual, preprocess, name):
@@ -131,8 +131,7 @@ class LinearBridge(nn.Module):
         self.norm = nn.LayerNorm(D)
         self.project = nn.Linear(D, C)
         self.positions = nn.Parameter(torch.zeros(S, C))
-        scale = decoder.wte.weight.float().std().item()  # that of the decoder's token vectors
-        nn.init.normal_(self.project.weight, std=scale / math.sqrt(D))
+        nn.init.normal_(self.project.weight, std=token_scale(decoder) / math.sqrt(D))
 
     def prefix(self, vision):
         return self.project(self.norm(vision)) + self.positions  # (B, S, C)
@@ -159,12 +158,12 @@ class QFormerBridge(nn.Module):
         self.layers = nn.ModuleList(QFormerLayer(decoder.config) for _ in range(n_layer))
         self.ln_f = nn.LayerNorm(C)
         self.project = nn.Linear(C, C)
-        scale = decoder.wte.weight.float().std().item()
+        scale = token_scale(decoder)
         positions = torch.randn(S, C)
         self.linear.positions.data = positions * scale
         self.queries = nn.Parameter(positions[1 : self.P + 1].clone())
         first = self.layers[0].cross_attn
-        nn.init.eye_(first.c_attn.weight.data[2 * C :])  # v
+        nn.init.eye_(first.c_attn.weight.data[2 * C :])  # v and the output: what it finds, as it is
         nn.init.eye_(first.c_proj.weight)
         self.project.weight.data = scale * torch.eye(C)
 
@@ -250,20 +249,25 @@ class CrossAttention(nn.Module):
         self.c_attn = trainable_copy(attn.c_attn)  # its rows are q, k and v
         self.c_proj = trainable_copy(attn.c_proj)
 
-    def project(self, x, parts):
-        """(B, T, C) to the heads (B, nh, T, hs) of some of q, k and v."""
-        B, T, C = x.shape
-        rows = slice(parts[0] * C, (parts[-1] + 1) * C)
-        y = F.linear(x, self.c_attn.weight[rows], self.c_attn.bias[rows])
-        return [t.view(B, T, self.n_head, -1).transpose(1, 2) for t in y.split(C, dim=2)]
+    def split_heads(self, x):
+        return x.view(x.size(0), x.size(1), self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
 
     def keys_values(self, source):
-        return self.project(source, (1, 2))
+        C = source.size(2)
+        y = F.linear(source, self.c_attn.weight[C:], self.c_attn.bias[C:])  # (B, S, 2 C)
+        k, v = y.split(C, dim=2)  # each (B, S, C)
+        return self.split_heads(k), self.split_heads(v)
 
     def forward(self, x, k, v):
-        (q,) = self.project(x, (0,))
-        y = attention(q, k, v)  # (B, nh, T, hs)
+        C = x.size(2)
+        q = F.linear(x, self.c_attn.weight[:C], self.c_attn.bias[:C])  # (B, T, C)
+        y = attention(self.split_heads(q), k, v)  # (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).reshape(x.shape))
+
+
+def token_scale(decoder):
+    """The standard deviation of the decoder's token vectors."""
+    return decoder.wte.weight.float().std().item()
 
 
 def trainable_copy(module):
@@ -530,14 +534,14 @@ def validate(captioner, val_set, run, tokenizer=None):
     token, caption = caption_loss(captioner, val_set, pick_device())
     print(f"           val {token:.4f} nats per token, {caption:.3f} per caption", flush=True)
     row = {"val_val": token}
-    worst_first = token
+    score = token  # the lower the better
     if tokenizer:
         scores, _ = score_captions(captioner, val_set, tokenizer)
         row["cider"] = scores["corpus"]["CIDEr"]
         print(f"           CIDEr-D of greedy captions {row['cider']:.4f}", flush=True)
-        worst_first = -row["cider"]
-    if worst_first < run.best:
-        run.best = worst_first
+        score = -row["cider"]
+    if score < run.best:
+        run.best = score
         if rank() == 0:
             content = {"run": run.kind, "step": run.step, "model": captioner.bridge.state_dict()}
             train_gpt2.save_checkpoint(run.out / "best.pt", content, keep=False)
@@ -644,7 +648,7 @@ def sampled_batches(train_set, captioner, tokenizer, recipe, first_step, args):
             samples = [until_end(row, captioner.eot) for row in rows.tolist()]
             rewards = []
             for ids, picture in zip(samples, part.repeat(SAMPLES), strict=True):
-                words = coco_eval.tokenize(decode([ids], tokenizer)[0])
+                words = coco_eval.tokenize(train_gpt2.decode([ids], tokenizer)[0])
                 words += [END] * ids.count(captioner.eot)
                 rewards.append(cider.score(references[picture], words))
             groups = [samples[i : i + SAMPLES] for i in range(0, len(samples), SAMPLES)]
@@ -695,13 +699,7 @@ def write_captions(captioner, vision, tokenizer, beams=1, prompt=None, **options
         else:
             prompt = None if prompt is None else prompt.to(device)
             rows = captioner.generate(vision, prompt=prompt, **options)
-    return decode(rows.tolist(), tokenizer)
-
-
-def decode(rows, tokenizer):
-    """The texts of lists of token ids, without <|endoftext|>."""
-    rows = [[token for token in row if token != tokenizer.eot_token] for row in rows]
-    return [tokenizer.decode(row, errors="replace").strip() for row in rows]
+    return [text.strip() for text in train_gpt2.decode(rows.tolist(), tokenizer)]
 
 
 def write_all_captions(captioner, pictures, tokenizer, prompts=None, batch=250, beams=1, **options):
@@ -795,6 +793,7 @@ def evaluate(out, setup, args, beam=None):
     row |= {"pictures": len(seen), "decoding": decoding} | scores["corpus"]
     row["nats per caption"] = caption_loss(captioner, seen, device)[1]
     row["shuffled"] = caption_loss(captioner, seen.shuffled(), device)[1]
+    lines = []
     if len(unseen):  # the toy pictures, whose scenes are known
         row["captions true"] = true_captions(texts, seen.pictures)
         groups = {"": seen, ", unseen pairs": unseen, ", shuffled": seen.shuffled()}
@@ -804,13 +803,13 @@ def evaluate(out, setup, args, beam=None):
             for fact, share in ask_facts(group.pictures, tokenizer, answer).items():
                 row[fact + kind] = share
             facts = [f"{fact} {row[fact + kind]:.2f}" for fact in coco_eval.FACTS]
-            print(f"{'facts' + kind:22} {'  '.join(facts)}")
-        print(f"captions without a false statement: {row['captions true']:.2f}")
+            lines.append(f"{'facts' + kind:22} {'  '.join(facts)}")
+        lines.append(f"captions without a false statement: {row['captions true']:.2f}")
     if rank() == 0:
         write_scores(Path(out), seen.pictures, texts, row | scores, "_beam" if beam else "")
     losses = f"{row['nats per caption']:.2f} nats per caption, shuffled {row['shuffled']:.2f}"
     print(f"{len(seen)} validation pictures of {setup.data}, {decoding}: {losses}")
-    print(coco_eval.table(scores, len(seen)))
+    print("\n".join([coco_eval.table(scores, len(seen)), *lines]))
     print(f"{out} has best.pt, results, scores, curves.png and grid.png")
     return row
 
@@ -870,18 +869,22 @@ def compare_bridges(setup, args):
     """
     columns = {}
     curves = {}
+    steps = set()
     seen, _ = split_unseen(load_pictures(setup, "val", args))
     for name in [*BRIDGES, "blind"]:
         blind = name == "blind"
         out = train("linear" if blind else name, setup, args, blind)
         log = train_gpt2.read_log(out / "log.csv")
         curves[name] = train_gpt2.curve(log, "val_val")
+        steps.add(log[-1]["step"])
         if blind:
             captioner = load_captioner(out / "best.pt", setup, args)
             loss = caption_loss(captioner, seen.blind(), pick_device())[1]
             columns["blind"] = {"nats per caption": loss}
         else:
             columns[name] = evaluate(out, setup, args) | {"seconds": log[-1]["seconds"]}
+    if len(steps) > 1:
+        raise UserError("the runs have different budgets: give --restart, or another --out")
     if setup.toy and setup.tokenizer.name == "tiny":
         columns["map in words"] = map_facts(setup, seen.pictures)
     out = run_folder("compare", args)
@@ -939,6 +942,8 @@ def find_pictures(names):
 
 def sample(args):
     """Caption your own pictures with the best bridge of a run, training first what is missing."""
+    sampling_seed = args.seed
+    args.seed = 0  # of what is trained
     paths = find_pictures(args.sample)
     if len(paths) == 1:
         coco_eval.load_image(paths[0])  # fails here, before anything is trained
@@ -954,7 +959,7 @@ def sample(args):
     options = {"beams": args.beam or 1}
     if args.num or args.temperature is not None or args.top_p:
         temperature = 0.8 if args.temperature is None else args.temperature
-        generator = torch.Generator(pick_device()).manual_seed(args.seed)
+        generator = torch.Generator(pick_device()).manual_seed(sampling_seed)
         options = {"temperature": temperature, "top_p": args.top_p or 0.9, "generator": generator}
     drawn = []  # (small picture, caption)
     for begin in range(0, len(paths), CLIP_BATCH):
@@ -1195,8 +1200,8 @@ def train_clip(data, path, seed=0):
     Contrastive loss (Radford et al. 2021, figure 3): in a batch each picture must find its own
     caption among all captions, and each caption its picture. Colors alone would nearly do for that,
     and shapes would hardly be learned, so there are hard negatives: groups of 8 pictures with the
-    same colors. In every second step pictures are gray and captions without colors; with that a
-    shape looks the same in a color in which training never showed it.
+    same colors. In every second step pictures are gray and captions without colors, so that shapes
+    are learned apart from their colors.
     """
     import open_clip
 
@@ -1285,7 +1290,7 @@ def flags():
     group.add_argument("--batch", dest="batch_size", type=positive, help="pictures a step")
     group.add_argument("--micro-batch", type=positive, help="pictures at once, for less memory")
     group.add_argument("--lr", type=number(float, 0, 1), help="the highest learning rate")
-    group.add_argument("--seed", type=number(int, 0, 10**6), default=0)
+    group.add_argument("--seed", type=number(int, 0, 10**6), default=0, help="or of --sample")
     group.add_argument("--seeds", type=positive, help="how many to --compare, from --seed on")
     group.add_argument("--restart", action="store_true", help="forget what is in the run's folder")
     group = parser.add_argument_group("captions")

@@ -356,7 +356,7 @@ def align(reference, candidate, beam=40):
     Returns [(i, j), ...] for candidate[i] and reference[j]. A stem that occurs n times here and m
     times there makes min(n, m) pairs whatever is chosen; which ones is searched from left to right.
     A state is (positions of the reference in use, the last one), and the best way to each is kept.
-    The limit of `beam` states matters only where a word is repeated again and again.
+    The limits, `beam` states and 8 positions, matter only where a word is repeated again and again.
     """
     places = {}
     for j, word in enumerate(reference):
@@ -371,7 +371,8 @@ def align(reference, candidate, beam=40):
             ways = []
             if left[stem(word)] >= len(free):  # enough of this word follow: it may stay alone
                 ways.append(((used, None), (chunks, crossing, pairs)))
-            for j in free:
+            free.sort(key=lambda j: (last is None or j != last + 1, abs(i - j)))
+            for j in free[:8]:  # the one after the last, and those nearest to i
                 breaks = last is None or j != last + 1
                 way = (chunks + breaks, crossing + abs(i - j), (*pairs, (i, j)))
                 ways.append(((used | 1 << j, j), way))
@@ -759,6 +760,8 @@ def score_files(references_path, results_paths, out):
     for path in map(str, results_paths):
         systems[path] = evaluate(references, read_results(path))
         print(f"{path}\n{table(systems[path], len(references))}\n")
+    if len({frozenset(map(str, scores["per_image"])) for scores in systems.values()}) > 1:
+        print("they were scored on different pictures: their CIDEr cannot be compared")
     with fineweb.atomic_write(out, "w") as file:
         json.dump(systems if len(systems) > 1 else systems[path], file)
     print(f"all scores, of each picture too: {out}")

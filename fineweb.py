@@ -584,8 +584,8 @@ def lock(folder):
 def reading(path, what, *errors, what_to_do="correct it, or get it again"):
     """Reading a file: what goes wrong in the body is one UserError, `path` is not `what`.
 
-    The body takes for granted that the file is as it should be; what then fails, or one
-    of `errors`, becomes the reason.
+    The body takes for granted that the file is as it should be; what then fails becomes the reason.
+    errors: what else may fail there.
     """
     mistakes = (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)
     try:

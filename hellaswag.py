@@ -64,8 +64,7 @@ def parse(example):
     """An item of the file, its label an integer; ValueError, KeyError or TypeError for another."""
     texts = [example[key] for key in ("ctx", "ctx_a", "ctx_b", "activity_label")]
     texts += example["endings"]
-    "".join(texts)  # all must be strings
-    if len(texts) != 8 or not texts[0]:
+    if len(texts) != 8 or not texts[0] or not all(isinstance(text, str) for text in texts):
         raise ValueError("a text is missing")
     return example | {"label": ["0", "1", "2", "3"].index(str(example["label"]))}
 

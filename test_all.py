@@ -2253,6 +2253,7 @@ def test_scoring_from_the_command_line(tmp_path):
                   "--out", tmp_path / "two.json", cwd=tmp_path)
     assert process.stdout.index("poor.json") < process.stdout.index("9 of 12 pictures scored")
     assert process.stdout.index("good.json") < process.stdout.index("10 of 12 pictures scored")
+    assert "cannot be compared" in process.stdout
 
 
 @pytest.mark.parametrize("results, words", [
@@ -2654,7 +2655,7 @@ def test_samples_have_the_rewards_of_their_own_picture():
         for b, picture in enumerate(part):
             samples = [packed.targets[b][packed.owner[b] == k].tolist() for k in range(5)]
             ends = [["<end>"] if tokenizer.eot_token in ids else [] for ids in samples]
-            tokens = map(coco_eval.tokenize, caption.decode(samples, tokenizer))
+            tokens = map(coco_eval.tokenize, train_gpt2.decode(samples, tokenizer))
             tokens = [text + end for text, end in zip(tokens, ends, strict=True)]
             scores = [cider.score(words[picture], text) for text in tokens]
             others = [np.mean(scores[:k] + scores[k + 1 :]) for k in range(5)]
@@ -2945,6 +2946,9 @@ def test_a_comparison_of_all_bridges(captions_run):
     assert rows.keys() > {"nats per caption", "place", "objects, unseen pairs", "captions true"}
     scores = json.loads((folder / "all/cross/scores.json").read_text())
     assert rows["place"][1] == f"{scores['place']:.2f}" and len(rows["nats per caption"]) == 4
+    shutil.rmtree(folder / "all/qformer")
+    process = run("caption.py", *flags[:6], *options[:1], "--steps", 2, *options[3:], cwd=folder)
+    assert_error(process, "different budgets", "--restart")
     results = [{"linear": {"place": x}} for x in (0.5, 0.6, 1.0)]
     assert list(caption.comparison(results))[2] == "| place | 0.70 (0.50-1.00) |"
 
@@ -2997,6 +3001,8 @@ def test_sampling_pictures(captions_run, shapes, tmp_path):
     assert Image.open(tmp_path / "out.png").size[0] > 700
     process = run("caption.py", *flags, "--num", 4, cwd=folder)
     assert process.stdout.count("0.png:") == 4
+    other = run("caption.py", *flags, "--num", 4, "--seed", 7, cwd=folder)  # of the sampling
+    assert other.stdout.count("0.png:") == 4 and other.stdout != process.stdout
     process = run("caption.py", *flags, "--beam", 3, cwd=folder)
     assert process.stdout.count("0.png:") == 1, process.stderr
     content = train_gpt2.read_checkpoint(flags[3])

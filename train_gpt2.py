@@ -405,7 +405,8 @@ def prefetch(get, first, last, ahead=4):
         waiting = deque(threads.submit(get, step) for step in itertools.islice(steps, ahead))
         for step in range(first, last):
             batches = waiting.popleft().result()
-            waiting.extend(threads.submit(get, next_one) for next_one in itertools.islice(steps, 1))
+            for following in itertools.islice(steps, 1):
+                waiting.append(threads.submit(get, following))
             yield step, batches
 
 
@@ -803,7 +804,7 @@ def from_pretrained(name):
         for key, values in COMPUTED.items():
             if config.get(key, values[0]) not in values:
                 raise UserError(f"{path}: {key} is {config[key]!r}, {values[0]!r} is computed here")
-    with fineweb.reading(path, "a whole GPT-2", SafetensorError, RuntimeError):
+    with fineweb.reading(path, "a whole GPT-2", SafetensorError):
         tensors = {name.removeprefix("transformer."): t for name, t in load_file(path).items()}
         V, C = tensors["wte.weight"].shape
         table = tensors["wte.weight"]
@@ -813,7 +814,9 @@ def from_pretrained(name):
         n_head = config.get("n_head", C / 64)  # OpenAI's heads have size 64
         if C % n_head or n_head != int(n_head):
             raise UserError(f"{path}: its config.json is missing or wrong ({n_head} heads)")
-        model = GPT(GPTConfig(len(tensors["wpe.weight"]), V, n_layer, int(n_head), C))
+        block_size = len(tensors["wpe.weight"])
+    model = GPT(GPTConfig(block_size, V, n_layer, int(n_head), C))
+    with fineweb.reading(path, "a whole GPT-2", RuntimeError):
         for name in model.state_dict():
             tensors[name] = tensors[name].T if is_conv1d(name) else tensors[name]
         model.load_state_dict({name: tensors[name] for name in model.state_dict()})
@@ -880,8 +883,13 @@ def complete(model, tokenizer, text, max_new_tokens, num=None, seed=0, **samplin
     sampling["generator"] = torch.Generator(device).manual_seed(seed)
     with autocast(device):
         rows = generate(model, idx, max_new_tokens, **sampling)[:, len(prompt) :].tolist()
+    return [text + continued for continued in decode(rows, tokenizer)]
+
+
+def decode(rows, tokenizer):
+    """The texts of lists of token ids, without <|endoftext|>."""
     rows = [[token for token in row if token != tokenizer.eot_token] for row in rows]
-    return [text + tokenizer.decode(row, errors="replace") for row in rows]
+    return [tokenizer.decode(row, errors="replace") for row in rows]
 
 
 def evaluate(args):
