@@ -88,18 +88,15 @@ class ImageEncoder:
         return torch.cat([class_token, out["image_intermediates"][0]], dim=1).float()
 
 
-def pool_tokens(tokens, grid="4x8"):
-    """Average the square of patches to a grid: (B, 1 + n * n, D) to (B, 1 + rows * columns, D).
+def pool_tokens(tokens):
+    """Average the square of patches to 4 x 8: (B, 1 + n * n, D) to (B, 1 + 32, D).
 
-    256 patches to 4 x 8 make a sequence eight times shorter, and a cache of 8 GB instead of 65.
+    256 patches to 32 make a sequence eight times shorter, and a cache of 8 GB instead of 65.
     """
     B, S, D = tokens.shape
     side = math.isqrt(S - 1)
-    rows, columns = map(int, grid.split("x"))
-    if side % rows or side % columns:
-        raise UserError(f"--grid-size {grid} does not divide {side}x{side} patches: use another")
     square = tokens[:, 1:].transpose(1, 2).view(B, D, side, side)
-    pooled = F.avg_pool2d(square, (side // rows, side // columns))  # (B, D, rows, columns)
+    pooled = F.adaptive_avg_pool2d(square, (4, 8))  # (B, D, 4, 8)
     return torch.cat([tokens[:, :1], pooled.flatten(2).transpose(1, 2)], dim=1)
 
 
@@ -282,8 +279,7 @@ def build(name, S, D, decoder):
     """A Captioner with a new bridge for S vision tokens of width D."""
     room = decoder.config.block_size
     if S + 2 > room:
-        reason = f"{S} vision tokens leave no room in a context of {room}"
-        raise UserError(f"{reason}: use --grid-size 4x8, or another --lm")
+        raise UserError(f"{S} vision tokens leave no room in a context of {room}: use another --lm")
     return Captioner(BRIDGES[name](S, D, decoder), decoder)
 
 
@@ -579,8 +575,7 @@ def describe_run(name, captioner, setup, train_set, recipe, args):
     """What has to stay the same when a run is continued, and what its bridge needs to be used."""
     S, D = train_set.features[0].shape[1:]
     captions = hashlib.sha256(json.dumps(train_set.captions).encode()).hexdigest()[:16]
-    kind = {"toy": setup.toy, "bridge": name, "S": S, "D": D, "grid": args.grid_size}
-    kind |= {"captions": captions}
+    kind = {"toy": setup.toy, "bridge": name, "S": S, "D": D, "captions": captions}
     kind |= {"decoder": setup.decoder_name, "clip": setup.encoder.name}
     if args.scst:  # samples depend on what is computed together
         parts = [recipe.micro_batch, train_gpt2.world_size()]
@@ -972,7 +967,7 @@ def sample(args):
         if not images:
             continue
         batch = torch.stack([setup.encoder.preprocess(image) for image in images.values()])
-        vision = pool_tokens(setup.encoder(batch), args.grid_size)
+        vision = pool_tokens(setup.encoder(batch))
         caption = functools.partial(write_captions, captioner, vision, setup.tokenizer, **options)
         draws = [caption() for _ in range(args.num or 1)]
         for i, (path, image) in enumerate(images.items()):
@@ -988,10 +983,10 @@ def sample(args):
 
 
 def load_captioner(path, setup, args):
-    """The Captioner of a bridge's file; UserError if its decoder, CLIP or grid was another."""
+    """The Captioner of a bridge's file; UserError if its decoder or CLIP was another."""
     run, tensors = read_bridge(path)
-    here = {"decoder": setup.decoder_name, "clip": setup.encoder.name, "grid": args.grid_size}
-    flags = {"decoder": "--lm", "clip": "--clip", "grid": "--grid-size", "bridge": "--bridge"}
+    here = {"decoder": setup.decoder_name, "clip": setup.encoder.name}
+    flags = {"decoder": "--lm", "clip": "--clip", "bridge": "--bridge"}
     if args.bridge:
         here["bridge"] = args.bridge
     for part, value in here.items():
@@ -1004,7 +999,7 @@ def load_captioner(path, setup, args):
 
 
 def read_bridge(path):
-    """(what a bridge needs: decoder, CLIP, grid ..., its tensors), from a checkpoint or export."""
+    """(what a bridge needs: decoder, CLIP ..., its tensors), from a checkpoint or an export."""
     if not Path(path).exists():
         raise UserError(f"{path} is not there: train first, or name another --ckpt")
     if Path(path).suffix != ".safetensors":
@@ -1034,7 +1029,7 @@ def load_pictures(setup, split, args):
     """The PictureSet of a split, without the pictures that cannot be read."""
     pictures = coco_eval.read_dataset(setup.data, split)
     with train_gpt2.rank_zero_first():
-        features = cached_features(setup.encoder, pictures, args.grid_size, setup.data.name)
+        features = cached_features(setup.encoder, pictures, setup.data.name)
     rows = np.flatnonzero(np.concatenate([~np.isnan(chunk[:, 0, 0]) for chunk in features]))
     if not len(rows):
         raise UserError(f"no picture of {setup.data} ({split}) can be read: check the folder")
@@ -1047,13 +1042,13 @@ def load_pictures(setup, split, args):
     return PictureSet(pictures, captions, features, rows)
 
 
-def cached_features(encoder, pictures, grid, name):
+def cached_features(encoder, pictures, name):
     """Vision tokens of pictures [{"id", "path"}, ...]: memory maps (CHUNK, S, D), float16.
 
-    The folder's name has a digest of CLIP, grid and the very files (path, size, time of change); a
-    file that is there is done. A picture that cannot be read is NaN.
+    The folder's name has a digest of CLIP and the very files (path, size, time of change); a file
+    that is there is done. A picture that cannot be read is NaN.
     """
-    digest = hashlib.sha256(f"{encoder.name} {grid}".encode())
+    digest = hashlib.sha256(f"{encoder.name} 4x8".encode())
     for picture in pictures:
         path = Path(picture["path"]).absolute()
         change = (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else None
@@ -1070,7 +1065,7 @@ def cached_features(encoder, pictures, grid, name):
             features = []
             while batch := list(itertools.islice(images, CLIP_BATCH)):
                 batch = torch.stack(batch)
-                tokens = pool_tokens(encoder(batch), grid).cpu().numpy().astype(np.float16)
+                tokens = pool_tokens(encoder(batch)).cpu().numpy().astype(np.float16)
                 tokens[batch[:, 0, 0, 0].isnan().numpy()] = np.nan
                 features.append(tokens)
                 bar.update(len(batch))
@@ -1273,17 +1268,16 @@ def flags():
     positive = number(int, 1)
     group = parser.add_argument_group("what to do (default: train --bridge and score it)")
     group.add_argument("--bridge", choices=BRIDGES, help="how the picture gets into the decoder")
-    group.add_argument("--sample", nargs="+", metavar="PICTURE", help="files, folders, https://…")
-    group.add_argument("--eval", action="store_true", help="score the bridge of a run")
     group.add_argument("--scst", action="store_true", help="then train it on CIDEr-D itself")
-    group.add_argument("--export", metavar="FILE", help="write the bridge as FILE.safetensors")
-    group.add_argument("--compare", action="store_true", help="train and score all bridges")
+    task = group.add_mutually_exclusive_group()
+    task.add_argument("--sample", nargs="+", metavar="PICTURE", help="files, folders, https://…")
+    task.add_argument("--eval", action="store_true", help="score the bridge of a run")
+    task.add_argument("--export", metavar="FILE", help="write the bridge as FILE.safetensors")
+    task.add_argument("--compare", action="store_true", help="train and score all bridges")
     group = parser.add_argument_group("the frozen parts and the pictures")
     group.add_argument("--data", metavar="DIR", help="pictures in COCO's layout (data/coco)")
     group.add_argument("--lm", metavar="CKPT", help="the decoder, as train_gpt2.py --ckpt names it")
     group.add_argument("--clip", help="NAME/TAG of open_clip (default: ViT-L-14-quickgelu/openai)")
-    grids = ("4x8", "8x8", "16x16")
-    group.add_argument("--grid-size", default="4x8", choices=grids, help="of vision tokens (4x8)")
     group = parser.add_argument_group("training")
     group.add_argument("--out", metavar="DIR", help="the run (default: runs/<setup>-<bridge>)")
     group.add_argument("--steps", dest="max_steps", type=positive, help="updates of the bridge")
@@ -1312,20 +1306,16 @@ def main():
     sampling = ("--num", "--temperature", "--top-p")
     if args.beam:
         parser.refuse(args, "--beam", *sampling)
-    if not args.compare:
+    if args.compare:
+        parser.refuse(args, "--compare", "--bridge", "--beam", "--scst")
+    else:
         parser.refuse(args, "one bridge", "--seeds")
     if not args.sample:
         parser.refuse(args, "anything but --sample", *sampling, "--grid", "--ckpt")
-    if args.compare:
-        others = ("--bridge", "--sample", "--eval", "--beam", "--scst")
-        parser.refuse(args, "--compare", *others, "--export")
     if args.scst:
         parser.refuse(args, "--scst", "--ckpt")
-    training = ("--steps", "--lr", "--restart")
-    if args.export:
-        parser.refuse(args, "--export", "--sample", "--eval", *training)
-    if args.eval:
-        parser.refuse(args, "--eval", "--sample", *training)
+    if args.eval or args.export:
+        parser.refuse(args, "a trained bridge", "--steps", "--lr", "--restart")
     train_gpt2.join_processes()
     if args.export:
         export(args)

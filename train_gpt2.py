@@ -962,9 +962,6 @@ def join_processes():
     """Under torchrun, make this process one of several (ranks): NCCL on GPUs, gloo on CPUs."""
     if "RANK" not in os.environ or dist.is_initialized():
         return
-    needed = {"WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
-    if missing := needed - set(os.environ):
-        raise UserError(f"RANK is set, but not {', '.join(missing)}: unset it, or use torchrun")
     use_device()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     device = pick_device() if backend == "nccl" else None
@@ -1606,9 +1603,10 @@ def main(arguments=None):
     group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
     group.add_argument("--restart", action="store_true", help="forget what is in the run's folder")
     group = parser.add_argument_group("with a trained model")
-    group.add_argument("--sample", metavar="TEXT", help="continue TEXT")
-    group.add_argument("--eval", action="store_true", help="validation loss and HellaSwag")
-    group.add_argument("--export-hf", metavar="DIR", help="write a folder for transformers")
+    task = group.add_mutually_exclusive_group()
+    task.add_argument("--sample", metavar="TEXT", help="continue TEXT")
+    task.add_argument("--eval", action="store_true", help="validation loss and HellaSwag")
+    task.add_argument("--export-hf", metavar="DIR", help="write a folder for transformers")
     group.add_argument("--ckpt", help="checkpoint, run, folder for transformers, or gpt2, gpt2-xl")
     group.add_argument("--limit", type=positive, help="use only so many random HellaSwag items")
     group.add_argument("--max-new-tokens", type=positive, help="of a sample (default: 200)")
@@ -1621,10 +1619,10 @@ def main(arguments=None):
     recipe = ("--preset", "--out", "--steps", "--batch-tokens", "--micro-batch", "--lr")
     sampling = ("--max-new-tokens", "--temperature", "--top-k", "--top-p", "--num")
     if args.sample is not None:
-        parser.refuse(args, "--sample", *recipe, "--limit", "--data", "--eval", "--export-hf")
+        parser.refuse(args, "--sample", *recipe, "--limit", "--data")
         sample(args)
     elif args.eval:
-        parser.refuse(args, "--eval", *recipe, *sampling, "--export-hf")
+        parser.refuse(args, "--eval", *recipe, *sampling)
         evaluate(args)
     elif args.export_hf:
         parser.refuse(args, "--export-hf", *recipe, *sampling, "--limit", "--data")
