@@ -22,7 +22,6 @@ on disk, appendix B: the toy setup and the full one.
 Letters beside the code: B batch, T time (tokens), C width of the decoder, P prefix, S vision
 tokens, D their width, N targets of a row, V vocabulary, W beams.
 """
-import copy
 import functools
 import hashlib
 import itertools
@@ -106,7 +105,7 @@ def pool_tokens(tokens):
 #              what the decoder gets                            where             trained
 #   linear     S vectors, a linear map of each vision token     before the text   the map
 #   qformer    32 vectors, gathered by learned queries          before the text   up to 4 layers
-#   cross      attention to the vision tokens, in each block    inside            map, attention
+#   cross      attention to the vision tokens, per block        inside            map, attention
 #
 # Each has the same two methods: prefix(vision) gives the vectors before the text, or None;
 # before_block(vision) gives a function (i, x) that changes x before block i of the decoder, or
@@ -160,7 +159,7 @@ class QFormerBridge(nn.Module):
         self.linear.positions.data = positions * scale
         self.queries = nn.Parameter(positions[1 : self.P + 1].clone())
         first = self.layers[0].cross_attn
-        nn.init.eye_(first.c_attn.weight.data[2 * C :])  # v and the output: what it finds, as it is
+        nn.init.eye_(first.c_attn.weight.data[2 * C :])  # v and output pass the token unchanged
         nn.init.eye_(first.c_proj.weight)
         self.project.weight.data = scale * torch.eye(C)
 
@@ -184,14 +183,14 @@ class QFormerLayer(nn.Module):
         self.ln_1 = nn.LayerNorm(C)
         self.ln_2 = nn.LayerNorm(C)
         self.ln_3 = nn.LayerNorm(C)
-        self.self_attn = CrossAttention(train_gpt2.CausalSelfAttention(config))
-        self.cross_attn = CrossAttention(train_gpt2.CausalSelfAttention(config))
+        self.self_attn = Attention(C, config.n_head)
+        self.cross_attn = Attention(C, config.n_head)
         self.mlp = MLP(C)
         for part in (self.self_attn, self.cross_attn):
-            nn.init.normal_(part.c_attn.weight, std=1.5 / math.sqrt(C))  # tells tokens apart
+            nn.init.normal_(part.c_attn.weight, std=1.5 / math.sqrt(C))  # large: sharp weights
             nn.init.zeros_(part.c_attn.bias)
         q, k, _ = self.cross_attn.c_attn.weight.data.chunk(3)
-        k.copy_(q)  # what is alike finds each other
+        k.copy_(q)  # a query attends to the token most like it
         for part in (self.self_attn, self.cross_attn, self.mlp):
             nn.init.zeros_(part.c_proj.weight)  # adds nothing yet
 
@@ -203,7 +202,7 @@ class QFormerLayer(nn.Module):
 
 
 class CrossAttentionBridge(nn.Module):
-    """Cross-attention in each block (Flamingo, Alayrac et al. 2022, figure 4), without its MLP:
+    """Cross-attention before each block (Flamingo, Alayrac et al. 2022, figure 4), without its MLP:
 
         for i, block in enumerate(decoder.h):
             x = x + cross_attn[i](ln[i](x), ln[i](vision))
@@ -217,10 +216,14 @@ class CrossAttentionBridge(nn.Module):
     def __init__(self, S, D, decoder):
         super().__init__()
         self.P = 1  # <|endoftext|> stands before the caption
+        C = decoder.config.n_embd
         self.linear = LinearBridge(S, D, decoder)
         self.linear.positions.data = decoder.wpe.weight[:S].detach().float().clone()
-        self.ln = nn.ModuleList(trainable_copy(block.ln_1) for block in decoder.h)
-        self.cross_attn = nn.ModuleList(CrossAttention(block.attn) for block in decoder.h)
+        self.ln = nn.ModuleList(nn.LayerNorm(C) for _ in decoder.h)
+        self.cross_attn = nn.ModuleList(Attention(C, decoder.config.n_head) for _ in decoder.h)
+        for ln, cross_attn, block in zip(self.ln, self.cross_attn, decoder.h, strict=True):
+            ln.load_state_dict(block.ln_1.state_dict())
+            cross_attn.load_state_dict(block.attn.state_dict())
 
     def prefix(self, vision):
         return None
@@ -237,14 +240,14 @@ class CrossAttentionBridge(nn.Module):
         return look
 
 
-class CrossAttention(nn.Module):
-    """Attention from x (B, T, C) to another sequence (B, S, C); begins as a copy of attn."""
+class Attention(nn.Module):
+    """Attention from x (B, T, C) to another sequence (B, S, C), with GPT-2's names of tensors."""
 
-    def __init__(self, attn):
+    def __init__(self, C, n_head):
         super().__init__()
-        self.n_head = attn.n_head
-        self.c_attn = trainable_copy(attn.c_attn)  # its rows are q, k and v
-        self.c_proj = trainable_copy(attn.c_proj)
+        self.n_head = n_head
+        self.c_attn = nn.Linear(C, 3 * C)  # its rows are q, k and v
+        self.c_proj = nn.Linear(C, C)
 
     def split_heads(self, x):
         return x.view(x.size(0), x.size(1), self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
@@ -267,11 +270,6 @@ def token_scale(decoder):
     return decoder.wte.weight.float().std().item()
 
 
-def trainable_copy(module):
-    """A copy of a part of the frozen decoder, in fp32, that is not frozen."""
-    return copy.deepcopy(module).float().requires_grad_(True)
-
-
 BRIDGES = {"linear": LinearBridge, "cross": CrossAttentionBridge, "qformer": QFormerBridge}
 
 
@@ -286,7 +284,7 @@ def build(name, S, D, decoder):
 # -----------------------------------------------------------------------------
 # 3. The captioner. The layout of a sequence:
 #
-#     linear, qformer    v1 ... v32  v33             a    red     circle           v: the prefix
+#     linear, qformer    v1 ... v33                  a    red     circle           v: the prefix
 #     cross                          <|endoftext|>   a    red     circle           P = 1
 #     targets                        a               red  circle  <|endoftext|>
 #
@@ -411,8 +409,9 @@ class Captioner(nn.Module):
 # -----------------------------------------------------------------------------
 # 4. Training a bridge
 
-# the highest learning rates: in the toy setup, with Muon at so many times that, in the full one
-LEARNING_RATES = {"linear": (1e-2, 4, 2e-3), "cross": (2e-3, 5, 4e-4), "qformer": (2e-3, 5, 4e-4)}
+# the highest learning rate, and Muon's as a multiple of it (0: AdamW alone)
+TOY_RATES = {"linear": (1e-2, 4), "cross": (2e-3, 5), "qformer": (2e-3, 5)}
+FULL_RATES = {"linear": (2e-3, 0), "cross": (4e-4, 0), "qformer": (4e-4, 0)}
 LONGEST = 100  # tokens of a caption; val2017 has 57 at most, and one endless one would fill memory
 
 
@@ -484,9 +483,9 @@ def train(name, setup, args, blind=False):
         captioner = trained_bridge(run_folder(name, args), setup, args)
     recipe = choose_recipe(name, setup, len(train_set), args)
     optimizer = train_gpt2.configure_optimizer(captioner.bridge, recipe)
-    kind = describe_run(name, captioner, setup, train_set, recipe, args)
+    identity = run_identity(name, captioner, setup, train_set, recipe, args)
     out = run_folder(name, args, blind, args.scst)
-    run = Run(out, kind, recipe, "captions", args.restart)
+    run = Run(out, identity, recipe, "captions", args.restart)
     run.resume(captioner.bridge, optimizer)
     if run.step >= recipe.max_steps:
         return out
@@ -494,26 +493,26 @@ def train(name, setup, args, blind=False):
     print(f"bridge     {out}: {parameters:,} trainable parameters", flush=True)
     parallel = train_gpt2.parallelize(captioner, device, compile=False)
     captions_a_step = recipe.batch_size * sum(map(len, train_set.captions)) / len(train_set)
-    get = functools.partial(get_micro_batches, train_set, captioner, recipe, args.seed)
-    batches = train_gpt2.prefetch(get, run.step, recipe.max_steps)
-    clip = recipe.grad_clip
     if args.scst:
         batches = sampled_batches(train_set, captioner, setup.tokenizer, recipe, run.step, args)
+    else:
+        get_batches = functools.partial(get_micro_batches, train_set, captioner, recipe, args.seed)
+        batches = train_gpt2.prefetch(get_batches, run.step, recipe.max_steps)
     with run:
         if args.scst and run.step == 0:
-            run.log(validate(captioner, val_set, run, setup.tokenizer))
+            run.log(keep_best(captioner, val_set, run, setup.tokenizer))
         for step, micro_batches in batches:
             lr = get_lr(step, recipe)
             train_gpt2.set_lr(optimizer, lr)
-            loss, norm = train_gpt2.train_step(parallel, optimizer, micro_batches, clip, device)
+            loss, norm = train_gpt2.train_step(parallel, optimizer, micro_batches, recipe, device)
             run.count_step(loss, norm)
             stop = run.stop_requested()
             is_eval_step = run.step % recipe.eval_every == 0 or run.step == recipe.max_steps
             row = {}
             if run.step % recipe.log_every == 0 or run.step == 1 or is_eval_step or stop:
                 row = run.progress(loss, lr, norm, captions_a_step)
-            if is_eval_step:
-                row |= validate(captioner, val_set, run, setup.tokenizer if args.scst else None)
+            if is_eval_step and not stop:
+                row |= keep_best(captioner, val_set, run, setup.tokenizer if args.scst else None)
             run.log(row)
             if is_eval_step or stop:
                 run.save(captioner.bridge, optimizer)
@@ -522,8 +521,8 @@ def train(name, setup, args, blind=False):
     return out
 
 
-def validate(captioner, val_set, run, tokenizer=None):
-    """Print the validation loss, as a column of the log; the best bridge so far is in best.pt.
+def keep_best(captioner, val_set, run, tokenizer=None):
+    """Print the validation loss and return it for the log; the best bridge so far is in best.pt.
 
     tokenizer: given in self-critical training, where the best is that with the highest CIDEr-D.
     """
@@ -539,25 +538,25 @@ def validate(captioner, val_set, run, tokenizer=None):
     if score < run.best:
         run.best = score
         if rank() == 0:
-            content = {"run": run.kind, "step": run.step, "model": captioner.bridge.state_dict()}
+            content = {"run": run.identity, "step": run.step}
+            content["model"] = captioner.bridge.state_dict()
             train_gpt2.save_checkpoint(run.out / "best.pt", content, keep=False)
     return row
 
 
 def choose_recipe(name, setup, pictures, args):
-    """The three bridges share one budget; only the learning rate is each one's own."""
+    """The three bridges share one budget; only the learning rates are each one's own."""
+    lr, muon = (TOY_RATES if setup.toy else FULL_RATES)[name]
     batch = args.batch_size or (32 if setup.toy else 64)
-    steps = args.max_steps or (600 if setup.toy else math.ceil(4 * pictures / batch))
-    toy_lr, muon, lr = LEARNING_RATES[name]
-    if setup.toy:
-        lr = toy_lr
+    steps = 600 if setup.toy else math.ceil(4 * pictures / batch)
     if args.scst:  # a step samples captions, which takes longer, and only corrects
-        steps = args.max_steps or math.ceil(steps / 4)
+        steps = math.ceil(steps / 4)
         lr /= 10
+    steps = args.max_steps or steps
     warmup = max(1, round(0.03 * steps))
     options = {"min_lr_ratio": 0.0, "weight_decay": 0.01, "eval_every": max(1, steps // 10)}
-    options["muon"] = muon if setup.toy else 0.0
-    recipe = train_gpt2.with_flags(Recipe(steps, batch, batch, lr, warmup, **options), args)
+    recipe = Recipe(steps, batch, batch, lr, warmup, muon=muon, **options)
+    recipe = train_gpt2.with_flags(recipe, args)
     processes = train_gpt2.world_size()
     if recipe.batch_size < processes:
         raise UserError(f"--batch {recipe.batch_size} is less than {processes} processes: raise it")
@@ -571,16 +570,16 @@ def trained_bridge(folder, setup, args):
     return load_captioner(folder / "best.pt", setup, args)
 
 
-def describe_run(name, captioner, setup, train_set, recipe, args):
+def run_identity(name, captioner, setup, train_set, recipe, args):
     """What has to stay the same when a run is continued, and what its bridge needs to be used."""
     S, D = train_set.features[0].shape[1:]
     captions = hashlib.sha256(json.dumps(train_set.captions).encode()).hexdigest()[:16]
-    kind = {"toy": setup.toy, "bridge": name, "S": S, "D": D, "captions": captions}
-    kind |= {"decoder": setup.decoder_name, "clip": setup.encoder.name}
+    identity = {"toy": setup.toy, "bridge": name, "S": S, "D": D, "captions": captions}
+    identity |= {"decoder": setup.decoder_name, "clip": setup.encoder.name}
     if args.scst:  # samples depend on what is computed together
         parts = [recipe.micro_batch, train_gpt2.world_size()]
-        kind |= {"base": fingerprint(captioner.bridge), "parts": parts}
-    return kind | {"seed": args.seed, "batch_size": recipe.batch_size}
+        identity |= {"base": fingerprint(captioner.bridge), "parts": parts}
+    return identity | {"seed": args.seed, "batch_size": recipe.batch_size}
 
 
 def run_folder(name, args, blind=False, scst=False):
@@ -722,15 +721,15 @@ def ask_facts(pictures, tokenizer, answer):
     shares = {}
     for fact in coco_eval.FACTS:
         texts = answer([tokenizer.encode_ordinary(question[fact]) for question in asked])
-        right = 0
+        correct = 0
         for text, picture in zip(texts, pictures, strict=True):
-            right += coco_eval.facts(text, picture["scene"])[fact] is True
-        shares[fact] = right / max(len(pictures), 1)
+            correct += coco_eval.facts(text, picture["scene"])[fact] is True
+        shares[fact] = correct / max(len(pictures), 1)
     return shares
 
 
 def map_facts(setup, pictures):
-    """ask_facts() of the decoder that reads the scene as a map in words: a bridge's upper bound."""
+    """ask_facts() of the decoder that reads the scene as a map in words, to compare with."""
     tokenizer = setup.tokenizer
     maps = [fineweb.scene_map(picture["scene"]) + "\n" for picture in pictures]
     maps = [[tokenizer.eot_token, *tokenizer.encode_ordinary(text)] for text in maps]
@@ -859,8 +858,7 @@ def compare(args):
 def compare_bridges(setup, args):
     """{bridge: its numbers} for one seed, also of a blind bridge and of the map in words.
 
-    The blind bridge sees zeros: what it reaches needs no picture. The decoder that reads the scene
-    as a map is the upper bound of every bridge.
+    The blind bridge sees zeros: what it reaches needs no picture.
     """
     columns = {}
     curves = {}
@@ -1004,6 +1002,8 @@ def read_bridge(path):
         raise UserError(f"{path} is not there: train first, or name another --ckpt")
     if Path(path).suffix != ".safetensors":
         checkpoint = train_gpt2.read_checkpoint(path)
+        if "bridge" not in checkpoint["run"]:
+            raise UserError(f"{path} is not a bridge: name the best.pt of a run of caption.py")
         return checkpoint["run"], checkpoint["model"]
     with fineweb.reading(path, "a bridge that --export wrote", SafetensorError):
         with safe_open(path, "pt") as file:
@@ -1013,9 +1013,10 @@ def read_bridge(path):
 def export(args):
     """Write a trained bridge alone as a safetensors file, with what it needs in its metadata."""
     run, tensors = read_bridge(run_folder(args.bridge, args, scst=args.scst) / "best.pt")
-    with fineweb.atomic_write(args.export) as file:
+    path = Path(args.export).with_suffix(".safetensors")
+    with fineweb.atomic_write(path) as file:
         file.write(save(tensors, metadata={"run": json.dumps(run)}))
-    print(f"{args.export} has the bridge: caption.py --ckpt {args.export} --sample img.jpg")
+    print(f"{path} has the bridge: python caption.py --ckpt {path} --sample img.jpg")
 
 
 # -----------------------------------------------------------------------------
@@ -1142,12 +1143,10 @@ def open_setup(args):
 
 
 def is_toy(args):
-    """Whether this is the toy setup: no --data, no bridge for photographs, no GPU with COCO."""
+    """Whether this is the toy setup: no --data, and no GPU with COCO; or that of --ckpt."""
     if args.ckpt:
-        return bool(read_bridge(args.ckpt)[0].get("toy"))
-    trained = Path(f"runs/coco-{args.bridge}/best.pt").exists()
-    on_gpu = pick_device().type == "cuda" and Path("data/coco").exists()
-    return not (args.data or trained or on_gpu)
+        return read_bridge(args.ckpt)[0]["toy"]
+    return not args.data and not (pick_device().type == "cuda" and Path("data/coco").exists())
 
 
 def fingerprint(module):
@@ -1312,10 +1311,13 @@ def main():
         parser.refuse(args, "one bridge", "--seeds")
     if not args.sample:
         parser.refuse(args, "anything but --sample", *sampling, "--grid", "--ckpt")
-    if args.scst:
-        parser.refuse(args, "--scst", "--ckpt")
+    training = ("--steps", "--lr", "--batch", "--micro-batch", "--restart")
+    if args.ckpt:
+        parser.refuse(args, "--ckpt", *training, "--out", "--scst")
     if args.eval or args.export:
-        parser.refuse(args, "a trained bridge", "--steps", "--lr", "--restart")
+        parser.refuse(args, "a trained bridge", *training)
+    if args.export:
+        parser.refuse(args, "--export", "--beam")
     train_gpt2.join_processes()
     if args.export:
         export(args)

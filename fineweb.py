@@ -49,10 +49,9 @@ EOT = "<|endoftext|>"  # begins each document
 def get_tokenizer(name):
     """The tokenizer "gpt2" (50,257 tokens; tiktoken downloads 1.5 MB once) or "tiny" (made here).
 
-    Both are byte-pair encodings (Sennrich et al. 2016): frequent runs of bytes are one token each.
-
-    "tiny" has the 256 bytes, one token for each word of the toy scenes (with a leading blank or
-    without, as words are in GPT-2) and <|endoftext|>. In both, <|endoftext|> has the largest id.
+    GPT-2's is a byte-pair encoding (Sennrich et al. 2016): frequent runs of bytes are one token
+    each. "tiny" has the 256 bytes, one token for each word of the toy scenes (with a leading blank
+    or without, as in GPT-2) and <|endoftext|>. In both, <|endoftext|> has the largest id.
     """
     if name == "gpt2":
         try:
@@ -233,8 +232,7 @@ def text_to_shards(paths, folder, val_fraction=0.01, shard_tokens=SHARD_TOKENS):
 def encode_all(documents):
     """Yield the tokens of each document, in order; a thousand documents are in memory at a time."""
     ignore_ctrl_c = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
-    bar = tqdm(unit=" tokens", unit_scale=True, disable=None)
-    with multiprocessing.Pool(**ignore_ctrl_c) as pool, bar:
+    with multiprocessing.Pool(**ignore_ctrl_c) as pool, tqdm(unit=" tokens", disable=None) as bar:
         while batch := list(itertools.islice(documents, 1000)):
             for tokens in pool.imap(encode_for_gpt2, batch, math.ceil(len(batch) / 64)):
                 bar.update(len(tokens))
@@ -309,19 +307,18 @@ def place(thing):
 
 def relations(a, b):
     """Where `a` lies as seen from `b`: one or two of "left", "right", "above", "below"."""
-    found = []
+    sides = []
     if a["col"] != b["col"]:
-        found.append("left" if a["col"] < b["col"] else "right")
+        sides.append("left" if a["col"] < b["col"] else "right")
     if a["row"] != b["row"]:
-        found.append("above" if a["row"] < b["row"] else "below")
-    return found
+        sides.append("above" if a["row"] < b["row"] else "below")
+    return sides
 
 
 def captions(scene, rng):
     """Five captions of five kinds: count, two objects, a place, a relation, the sizes of all.
 
-    A size stands after its object: before it, a size is chosen first, and then an object has to be
-    found that fits, which the toy decoder got wrong in a third of all cases.
+    The size comes last: when it came before its object, the toy decoder got a third of them wrong.
     """
     objects = scene["objects"]
     number = NUMBERS[len(objects)]
@@ -340,10 +337,7 @@ def captions(scene, rng):
 
 
 def relation_captions(scene, rng):
-    """Two captions of one relation; with the second a side has to be chosen before its object.
-
-    That is harder, so pictures are described by the first; documents have both.
-    """
+    """Two wordings of a relation; pictures use the first: the second, side first, is harder."""
     a, b = rng.sample(scene["objects"], 2)
     relation = rng.choice(relations(a, b))
     a = object_name(a)

@@ -115,7 +115,7 @@ def steps(model, recipe, get_batches, first=0, trained=None):
     for step in itertools.count(first):
         train_gpt2.set_lr(optimizer, train_gpt2.get_lr(step, recipe))
         batches = get_batches(step)
-        yield train_gpt2.train_step(model, optimizer, batches, recipe.grad_clip, CPU)
+        yield train_gpt2.train_step(model, optimizer, batches, recipe, CPU)
 
 
 def text_steps(model, recipe, dataset, seed=0, first=0):
@@ -1020,7 +1020,7 @@ def test_a_step_is_one_clipped_adamw_update(tmp_path, fp32):
     norm = torch.stack([g.norm() for g in grads]).norm().item()
     optimizer = train_gpt2.configure_optimizer(model, recipe)
     batches = train_gpt2.get_micro_batches(dataset, recipe, 0, model.config, 0)
-    measured = train_gpt2.train_step(model, optimizer, batches, 1.0, CPU)
+    measured = train_gpt2.train_step(model, optimizer, batches, recipe, CPU)
     assert measured == pytest.approx((loss.item(), norm), rel=1e-4) and norm > 1
     # Adam's first moment is a tenth of the gradient, which was clipped to 1
     moments = torch.stack([optimizer.state[p]["exp_avg"].norm() for p in model.parameters()])
@@ -1043,12 +1043,12 @@ def test_a_loss_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
     model, recipe, dataset = small_setup(tmp_path)
     optimizer = train_gpt2.configure_optimizer(model, recipe)
     batches = train_gpt2.get_micro_batches(dataset, recipe, 0, model.config, 0)
-    train_gpt2.train_step(model, optimizer, batches, 1.0, CPU)
+    train_gpt2.train_step(model, optimizer, batches, recipe, CPU)
     before = [p.clone() for p in model.parameters()]
     moments = [optimizer.state[p]["exp_avg"].clone() for p in model.parameters()]
     loss = GPT.loss
     monkeypatch.setattr(GPT, "loss", lambda *args: loss(*args) * math.nan)
-    assert math.isnan(train_gpt2.train_step(model, optimizer, batches, 1.0, CPU)[0])
+    assert math.isnan(train_gpt2.train_step(model, optimizer, batches, recipe, CPU)[0])
     for p, old, moment in zip(model.parameters(), before, moments, strict=True):
         assert torch.equal(p, old) and torch.equal(optimizer.state[p]["exp_avg"], moment)
 
@@ -1878,8 +1878,8 @@ def test_measured_steps_beside_nanogpt():
         optimizer = train_gpt2.configure_optimizer(ours, recipe)
         their_optimizer = theirs.configure_optimizers(0.1, 1e-4, (0.9, 0.95), "cpu")
 
-        def our_step(ours=ours, optimizer=optimizer, x=x, y=y):
-            train_gpt2.train_step(ours, optimizer, [(x, y, 1.0)], 1.0, CPU)
+        def our_step(ours=ours, optimizer=optimizer, recipe=recipe, x=x, y=y):
+            train_gpt2.train_step(ours, optimizer, [(x, y, 1.0)], recipe, CPU)
 
         def their_step(net, theirs=theirs, optimizer=their_optimizer, x=x, y=y):
             with train_gpt2.autocast(CPU):
@@ -2746,7 +2746,7 @@ def test_cross_attention_begins_as_the_attention_of_the_decoder():
 
 
 def plain_attention(layer, x, source):
-    """caption.CrossAttention for one row in float64, head by head and place by place."""
+    """caption.Attention for one row in float64, head by head and place by place."""
     w = {n: p.double() for n, p in layer.state_dict().items()}
     C = x.size(1)
     q = (x @ w["c_attn.weight"].T + w["c_attn.bias"])[:, :C]

@@ -1,7 +1,7 @@
 """
 GPT-2 from scratch: the model, how it is trained, and what can be done with it.
 
-    python train_gpt2.py                              train: toy data on a CPU, the 124M on a GPU
+    python train_gpt2.py                              train: toy data; with a GPU and shards, 124M
     python train_gpt2.py --sample "Once upon a time"  continue a text
     python train_gpt2.py --eval                       validation loss and HellaSwag
     python train_gpt2.py --export-hf DIR              a folder that transformers loads
@@ -386,12 +386,13 @@ def get_micro_batches(dataset, recipe, seed, config, step):
     """This rank's micro-batches of a step: [(x (B, T), y (B, T), share of the step's targets)]."""
     T = config.block_size
     windows = step_indices(seed, step, recipe.batch_size // T, dataset.num_windows(T))
-    targets = np.minimum(len(dataset) - 1 - windows * T, T)  # of each window: T, but for the last
-    shape = (world_size(), -1, recipe.micro_batch)
-    shares = (targets / targets.sum()).reshape(shape)[rank()].sum(axis=1)
-    parts = windows.reshape(shape)[rank()]  # each rank takes its slice
-    batches = [pin(*dataset.get_batch(part, T, config.n_vocab)) for part in parts]
-    return [(x, y, share) for (x, y), share in zip(batches, shares, strict=True)]
+    targets = np.minimum(len(dataset) - 1 - windows * T, T).sum()  # T each, but for the last window
+    mine = np.split(windows, world_size())[rank()]  # each rank takes its slice
+    batches = []
+    for part in mine.reshape(-1, recipe.micro_batch):
+        x, y = pin(*dataset.get_batch(part, T, config.n_vocab))
+        batches.append((x, y, (y >= 0).sum().item() / targets))
+    return batches
 
 
 def prefetch(get, first, last, ahead=4):
@@ -400,14 +401,13 @@ def prefetch(get, first, last, ahead=4):
     512 windows from all over a disk, read for the first time, took one thread 0.2 to 0.5 s and four
     threads 0.1 s; a step of the 124M takes a GPU 1 to 8 s.
     """
-    steps = iter(range(first, last))
+    futures = deque()
     with ThreadPoolExecutor(ahead, initializer=use_device) as threads:
-        waiting = deque(threads.submit(get, step) for step in itertools.islice(steps, ahead))
-        for step in range(first, last):
-            batches = waiting.popleft().result()
-            for following in itertools.islice(steps, 1):
-                waiting.append(threads.submit(get, following))
-            yield step, batches
+        for step in range(first, last + ahead):
+            if step < last:
+                futures.append(threads.submit(get, step))
+            if step >= first + ahead:
+                yield step - ahead, futures.popleft().result()
 
 
 def pin(*tensors):
@@ -469,9 +469,9 @@ RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up
 
 def with_flags(recipe, args):
     """The recipe with what the command line gives of it (None: not given)."""
-    names = [field.name for field in dataclasses.fields(recipe)]
-    given = {name: getattr(args, name, None) for name in names}
-    recipe = dataclasses.replace(recipe, **{k: v for k, v in given.items() if v is not None})
+    names = {field.name for field in dataclasses.fields(recipe)}
+    given = {k: v for k, v in vars(args).items() if k in names and v is not None}
+    recipe = dataclasses.replace(recipe, **given)
     warmup_steps = min(recipe.warmup_steps, math.ceil(recipe.max_steps / 10))  # of a short trial
     return dataclasses.replace(recipe, warmup_steps=warmup_steps)
 
@@ -509,8 +509,8 @@ def configure_optimizer(model, recipe):
                 scale = recipe.muon if muon else 1.0
                 group = {"params": [], "weight_decay": decay, "lr_scale": scale, "muon": muon}
                 groups.setdefault((decay, muon), group)["params"].append(p)
-    options = {"lr": recipe.lr, "betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
-    return Muon(list(groups.values()), **options)  # AdamW for all groups without "muon"
+    optimizer = Muon if recipe.muon else torch.optim.AdamW
+    return optimizer(list(groups.values()), lr=recipe.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
 def set_lr(optimizer, lr):
@@ -523,7 +523,7 @@ def set_lr(optimizer, lr):
 # 5. Training
 
 
-def train_step(model, optimizer, micro_batches, grad_clip, device):
+def train_step(model, optimizer, micro_batches, recipe, device):
     """One update of the weights from this rank's micro-batches: (loss, norm of the gradient).
 
     Gradient accumulation: backward() adds to .grad, so the gradients of the micro-batches, each
@@ -533,15 +533,15 @@ def train_step(model, optimizer, micro_batches, grad_clip, device):
     total = torch.zeros((), device=device)
     for i, (*inputs, share) in enumerate(micro_batches):
         inputs = [x.to(device, non_blocking=True) for x in inputs]
-        wait = world_size() > 1 and i < len(micro_batches) - 1
-        # DDP sums the gradients over ranks in backward(); on the last micro-batch is enough
-        with model.no_sync() if wait else contextlib.nullcontext():
+        is_last = i == len(micro_batches) - 1
+        # DDP averages the gradients over ranks in backward(); on the last micro-batch is enough
+        with contextlib.nullcontext() if is_last or world_size() == 1 else model.no_sync():
             with autocast(device):  # mixed precision: fp32 weights, matrix products in bf16
                 _, loss = model(*inputs)
-            (loss * share * world_size()).backward()  # DDP takes the mean, we want the sum
+            (loss * share * world_size()).backward()  # times world_size: a sum, not a mean
         total += loss.detach() * share
-    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)  # gradient clipping
-    loss, norm = torch.stack([all_reduce(total), norm]).tolist()  # the one wait for the GPU
+    norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)  # gradient clipping
+    loss, norm = torch.stack([all_reduce(total), norm]).tolist()  # here the CPU waits for the GPU
     if math.isfinite(loss + norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -559,9 +559,9 @@ def train(args):
     config = PRESETS[preset]
     recipe = choose_recipe(RECIPES[preset], args, config.block_size)
     train_set, val_sets, tokenizer = open_data(data, config)
-    kind = {"preset": preset, "tokenizer": tokenizer.name, "data": train_set.digest()}
-    kind |= {"seed": args.seed, "batch_size": recipe.batch_size}
-    run = Run(args.out or f"runs/{preset}", kind, recipe, "tokens", args.restart)
+    identity = {"preset": preset, "tokenizer": tokenizer.name, "data": train_set.digest()}
+    identity |= {"seed": args.seed, "batch_size": recipe.batch_size}  # of a run that goes on
+    run = Run(args.out or f"runs/{preset}", identity, recipe, "tokens", args.restart)
     torch.manual_seed(args.seed)
     model = GPT(config).to(device)
     optimizer = configure_optimizer(model, recipe)
@@ -574,14 +574,14 @@ def train(args):
         for step, micro_batches in prefetch(get_batches, run.step, recipe.max_steps):
             lr = get_lr(step, recipe)
             set_lr(optimizer, lr)
-            loss, norm = train_step(parallel, optimizer, micro_batches, recipe.grad_clip, device)
-            run.count_step(loss, norm)
+            loss, norm = train_step(parallel, optimizer, micro_batches, recipe, device)
+            run.count_step(loss, norm)  # run.step is now step + 1: the finished steps
             stop = run.stop_requested()
             is_eval_step = run.step % recipe.eval_every == 0 or run.step == recipe.max_steps
             row = {}
             if run.step % recipe.log_every == 0 or run.step == 1 or is_eval_step or stop:
                 row = run.progress(loss, lr, norm, recipe.batch_size, flops_per_token(config))
-            if is_eval_step:
+            if is_eval_step and not stop:  # torchrun kills what has not stopped after 30 s
                 row |= validate(parallel, config, val_sets, tokenizer, recipe, device)
                 if items and run.step >= recipe.eval_every:  # a trial of 20 steps need not wait
                     row["hellaswag"] = evaluate_hellaswag(model, items, device)["acc_norm"]
@@ -661,43 +661,43 @@ def pack(rows):
         position     0  1  2  3  3  4       source    2  3  2  4  5
         part         0  0  0  1  2  2       owner     0  0  1  1  1
 
-    Four endings after a context, five captions after a picture. Lengths are rounded up to multiples
-    of 8, so that few shapes occur. test_packed_continuations_have_the_losses_of_separate_ones
+    Four endings after a context, five captions after a picture.
+    test_packed_continuations_have_the_losses_of_separate_ones
     """
-    inputs = [len(begin) + sum(len(c) - 1 for c in rest) for begin, rest in rows]
-    outputs = [sum(map(len, rest)) for _, rest in rows]
-    B = len(rows)
-    T = 8 * math.ceil(max(inputs) / 8)
-    N = 8 * math.ceil(max(outputs) / 8)
-    idx = np.zeros((B, T), np.int64)
-    positions = np.zeros((B, T), np.int64)
-    part = np.full((B, T), -1)  # 0: the beginning, k + 1: continuation k, -1: padding
-    source = np.zeros((B, N), np.int64)
-    targets = np.full((B, N), -100)
-    owner = np.full((B, N), -1)
-    for b, (beginning, continuations) in enumerate(rows):
-        P = len(beginning)
-        idx[b, :P] = beginning
-        positions[b, :P] = np.arange(P)
-        part[b, :P] = 0
-        t = P  # where the next input goes
-        n = 0  # where the next target goes
-        for k, tokens in enumerate(continuations):
-            inputs = slice(t, t + len(tokens) - 1)  # the last token is never an input
-            outputs = slice(n, n + len(tokens))
-            idx[b, inputs] = tokens[:-1]
-            positions[b, inputs] = range(P, P + len(tokens) - 1)
-            part[b, inputs] = k + 1
-            # the end of the beginning predicts the first token, each token the one after it
-            source[b, outputs] = [P - 1, *range(inputs.start, inputs.stop)]
-            targets[b, outputs] = tokens
-            owner[b, outputs] = k
-            t = inputs.stop
-            n = outputs.stop
+    layouts = [lay_out(*row) for row in rows]
+    tensors = {name: pad([row[name] for row in layouts], PADDING[name]) for name in PADDING}
+    part = tensors.pop("part")  # (B, T)
     same_part = part[:, :, None] == part[:, None, :]  # (B, query, key)
-    mask = (same_part | (part[:, None, :] == 0)) & np.tri(T, dtype=bool)  # or of the beginning
-    arrays = (idx, positions, mask[:, None], source, targets, owner)
-    return Packed(*map(torch.from_numpy, arrays))
+    causal = torch.ones(same_part.shape[1:], dtype=torch.bool).tril()
+    mask = (same_part | (part[:, None, :] == 0)) & causal  # or of the beginning
+    return Packed(mask=mask[:, None], **tensors)
+
+
+PADDING = {"idx": 0, "positions": 0, "part": -1, "source": 0, "targets": -100, "owner": -1}
+
+
+def lay_out(beginning, continuations):
+    """A row of pack(): a list for each of its lines."""
+    P = len(beginning)
+    row = {"idx": [*beginning], "positions": [*range(P)], "part": [0] * P}
+    row |= {"source": [], "targets": [], "owner": []}
+    for k, tokens in enumerate(continuations):
+        inputs = tokens[:-1]  # the last token is never an input
+        t = len(row["idx"])
+        # the end of the beginning predicts the first token, each token the one after it
+        row["source"] += [P - 1, *range(t, t + len(inputs))]
+        row["targets"] += tokens
+        row["owner"] += [k] * len(tokens)
+        row["idx"] += inputs
+        row["positions"] += range(P, P + len(inputs))
+        row["part"] += [k + 1] * len(inputs)
+    return row
+
+
+def pad(rows, value):
+    """Lists of integers as one tensor (B, the longest, rounded up to 8: few shapes occur)."""
+    length = 8 * math.ceil(max(map(len, rows)) / 8)
+    return torch.tensor([row + [value] * (length - len(row)) for row in rows])
 
 
 @torch.no_grad()
@@ -1217,15 +1217,15 @@ PATIENCE = 10  # steps in a row whose loss is not finite before a run gives up
 class Run:
     """The folder of a run, by one process at a time: checkpoint, log.csv, and how to stop.
 
-    kind: what must stay the same when the run is continued. unit: what its speed counts. In the
+    identity: what must stay the same when it is continued. unit: what its speed counts. In the
     context of a Run, Ctrl-C, SIGTERM and SIGHUP are noted and the loop is asked to stop; the
     second one stops at once. log.csv is cut back to the checkpoint first: those rows come again.
     """
 
-    def __init__(self, out, kind, recipe, unit, restart=False):
+    def __init__(self, out, identity, recipe, unit, restart=False):
         self.out = Path(out)
         self.path = self.out / "ckpt.pt"
-        self.kind = kind
+        self.identity = identity
         self.recipe = recipe
         self.unit = unit
         self.step = 0  # finished steps
@@ -1242,7 +1242,7 @@ class Run:
         paths = [path for path in paths if path.exists() and not self.restart]
         if paths:
             checkpoint = read_checkpoint(paths[0])
-            for key, value in self.kind.items():
+            for key, value in self.identity.items():
                 if checkpoint["run"].get(key) != value:
                     reason = f"{paths[0]} was made with {key} {checkpoint['run'].get(key)}"
                     raise UserError(f"{reason}, not {value}: choose another --out, or --restart")
@@ -1266,9 +1266,9 @@ class Run:
             rows = [row for row in read_log(self.out / "log.csv") if row["step"] <= self.step]
             self.write_log(rows if self.step else [])
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):  # Windows has no SIGHUP
-                sign = getattr(signal, name)
-                self.stack.callback(signal.signal, sign, signal.signal(sign, self.on_signal))
+            number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
+            if number and signal.getsignal(number) != signal.SIG_IGN:
+                self.stack.callback(signal.signal, number, signal.signal(number, self.on_signal))
         self.timed_from = (self.step, time.time())
         return self
 
@@ -1284,10 +1284,11 @@ class Run:
 
     def on_signal(self, number, frame):
         """Ask the loop to stop; the next signal is no longer caught."""
-        os.write(2, b"\nstopping after this step; once more stops at once\n")
+        os.write(2, b"\nstopping after this step\n")
         self.signal = number
-        for other in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(other, signal.SIG_DFL)
+        if world_size() == 1:  # under torchrun each process gets Ctrl-C twice: it passes it on
+            for other in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(other, signal.SIG_DFL)
 
     def stop_requested(self):
         """Whether a rank was asked to stop: then all do, at the same step."""
@@ -1344,7 +1345,7 @@ class Run:
     def save(self, model, optimizer):
         """Write the checkpoint, keep the one before, and draw the curves."""
         if rank() == 0:
-            content = {"run": self.kind, "model": model.state_dict(), "seconds": self.seconds}
+            content = {"run": self.identity, "model": model.state_dict(), "seconds": self.seconds}
             content |= {"step": self.step, "skipped": self.skipped, "best": self.best}
             content |= {"optimizer": optimizer.state_dict()}
             if hasattr(model, "config"):
@@ -1410,10 +1411,12 @@ def draw_run(out):
     for name in [column for column in columns if column.startswith("val_")]:
         lines[name.replace("val_val", "validation").removeprefix("val_")] = curve(rows, name)
     panels = {"loss, nats per token": lines}
-    if accuracy := curve(rows, "hellaswag"):
+    accuracy = curve(rows, "hellaswag")
+    if accuracy:
         openai = [(step, 0.2955) for step, _ in accuracy]
         panels["HellaSwag, acc_norm by token mean"] = {"this run": accuracy, "OpenAI": openai}
-    if cider := curve(rows, "cider"):
+    cider = curve(rows, "cider")
+    if cider:
         panels["CIDEr-D of greedy captions"] = {"validation": cider}
     draw_curves(Path(out) / "curves.png", panels)
 
@@ -1529,7 +1532,8 @@ def open_shards(folder):
     train = []
     val = {}
     for path in sorted(Path(folder).glob("*.bin")):
-        if match := re.fullmatch(r"(.+)_(train|val)(_\d+)?", path.stem):
+        match = re.fullmatch(r"(.+)_(train|val)(_\d+)?", path.stem)
+        if match:
             paths = train if match[2] == "train" else val.setdefault(match[1], [])
             paths.append(path)
     if not train or not val:
@@ -1617,6 +1621,7 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     join_processes()
     recipe = ("--preset", "--out", "--steps", "--batch-tokens", "--micro-batch", "--lr")
+    recipe += ("--eval-every", "--restart")
     sampling = ("--max-new-tokens", "--temperature", "--top-k", "--top-p", "--num")
     if args.sample is not None:
         parser.refuse(args, "--sample", *recipe, "--limit", "--data")
