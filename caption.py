@@ -315,13 +315,16 @@ class Captioner(nn.Module):
         rows = [(beginning, [ids[: self.room] for ids in group]) for group in captions]
         return train_gpt2.pack(rows)
 
-    def forward(self, vision, packed, advantages=None):
-        """(None, mean loss), as GPT has it with targets; advantages (B, K): see chapter 5."""
-        if advantages is None:
+    def forward(self, vision, packed, weights=None):
+        """(None, mean loss), as GPT has it with targets.
+
+        weights (B, K): of each caption's loss, which is then summed and divided by B; chapter 5.
+        """
+        if weights is None:
             return None, self.loss(vision, packed)
         nats = self.loss(vision, packed, "none")  # (B, N)
-        weight = advantages.gather(1, packed.owner.clamp(min=0))  # (B, N), of a token's caption
-        return None, (nats * weight).sum() / advantages.numel()
+        weight = weights.gather(1, packed.owner.clamp(min=0))  # (B, N), of a token's caption
+        return None, (nats * weight).sum() / len(weights)
 
     def loss(self, vision, packed, reduction="mean"):
         """Cross-entropy in nats of captions, given vision tokens (B, S, D); see GPT.loss."""
@@ -550,7 +553,7 @@ def choose_recipe(name, setup, pictures, args):
     batch = args.batch_size or (32 if setup.toy else 64)
     steps = 600 if setup.toy else math.ceil(4 * pictures / batch)
     if args.scst:  # a step samples captions, which takes longer, and only corrects
-        steps = math.ceil(steps / 4)
+        steps = math.ceil(steps / 6)
         lr /= 10
     steps = args.max_steps or steps
     warmup = max(1, round(0.03 * steps))
@@ -601,11 +604,12 @@ def seed_suffix(args):
 # 5. Self-critical training: captions that are trained on their score
 
 SAMPLES = 5  # K captions of each picture
+ANCHOR = 0.5  # weight of the references' cross-entropy; rewards lie between 0 and 10
 END = "<end>"  # a word of the reward
 
 
 def sampled_batches(train_set, captioner, tokenizer, recipe, first_step, args):
-    """Yield (step, [(vision, packed samples, advantages (B, K), share of the step's pictures)]).
+    """Yield (step, [(vision, packed captions, their weights, share of the step's pictures)]).
 
     Cross-entropy teaches each word after the words that people wrote. What is scored are whole
     captions of the model's own; their score has no gradient, but their probability has one
@@ -616,10 +620,12 @@ def sampled_batches(train_set, captioner, tokenizer, recipe, first_step, args):
         for k in range(K):
             baseline = mean of the other rewards                         # Luo 2020
             loss -= (rewards[k] - baseline) * log_p(samples[k])
+            loss -= ANCHOR * log_p(references[k])
 
     The baseline does not depend on the sample, so on average it changes nothing; it takes away most
     of the noise: a caption that is as good as the others is left alone. The end counts as a word,
-    or captions would end in "on a". The samples of a step come from the weights of this step; the
+    or captions would end in "on a". The references' cross-entropy stays in the loss, with a small
+    weight: without it the bridge forgets what the best-scored kind of caption does not say. The
     loss that is printed only has the right gradient.
     test_self_critical_gradient_equals_the_exact_one
     """
@@ -645,10 +651,13 @@ def sampled_batches(train_set, captioner, tokenizer, recipe, first_step, args):
                 words = coco_eval.tokenize(train_gpt2.decode([ids], tokenizer)[0])
                 words += [END] * ids.count(captioner.eot)
                 rewards.append(cider.score(references[picture], words))
-            groups = [samples[i : i + SAMPLES] for i in range(0, len(samples), SAMPLES)]
-            packed = captioner.pack(groups)
+            groups = []
+            for i, picture in enumerate(part):
+                own = samples[i * SAMPLES : (i + 1) * SAMPLES]
+                groups.append(own + train_set.captions[picture][:SAMPLES])
             advantages = beyond_the_others(torch.tensor(rewards).view(-1, SAMPLES))
-            batches.append((vision, packed, advantages, len(part) / len(chosen)))
+            weights = torch.cat([advantages, torch.full_like(advantages, ANCHOR)], dim=1) / SAMPLES
+            batches.append((vision, captioner.pack(groups), weights, len(part) / len(chosen)))
         yield step, batches
 
 

@@ -2697,7 +2697,7 @@ def test_self_critical_gradient_equals_the_exact_one():
     packed = model.pack([[captions[i], captions[j]] for i, j in indices])
     advantages = caption.beyond_the_others(rewards[torch.tensor(indices)])  # (169, 2)
     chance = log_p.detach().exp()[torch.tensor(indices)].prod(1, keepdim=True)
-    _, loss = model(vision.expand(169, -1, -1), packed, advantages * chance * 169)
+    _, loss = model(vision.expand(169, -1, -1), packed, advantages * chance * 169 / 2)
     for ours, theirs in zip(gradient(loss), exact, strict=True):
         assert torch.allclose(ours, -theirs, atol=1e-6)
     assert max(g.abs().max() for g in exact) > 1e-4
@@ -2719,7 +2719,7 @@ def test_samples_have_the_rewards_of_their_own_picture():
     [(_, batches)] = caption.sampled_batches(pictures, model, tokenizer, recipe, 0, args)
     chosen = train_gpt2.step_indices(0, 0, 4, 8)
     for part, batch in zip(chosen.reshape(2, 2), batches, strict=True):
-        vision, packed, advantages, share = batch
+        vision, packed, weights, share = batch
         assert torch.equal(vision, pictures.vision(part)) and share == 0.5
         for b, picture in enumerate(part):
             samples = [packed.targets[b][packed.owner[b] == k].tolist() for k in range(5)]
@@ -2728,8 +2728,11 @@ def test_samples_have_the_rewards_of_their_own_picture():
             tokens = [text + end for text, end in zip(tokens, ends, strict=True)]
             scores = [cider.score(words[picture], text) for text in tokens]
             others = [np.mean(scores[:k] + scores[k + 1 :]) for k in range(5)]
-            assert advantages[b].numpy() == pytest.approx(np.subtract(scores, others), abs=1e-6)
-    assert advantages.abs().max() > 0
+            advantages = np.subtract(scores, others)
+            assert 5 * weights[b, :5].numpy() == pytest.approx(advantages, abs=1e-6)
+            references = [packed.targets[b][packed.owner[b] == k].tolist() for k in range(5, 10)]
+            assert references == [*pictures.captions[picture], *[[]] * 5][:5]
+    assert weights[:, :5].abs().max() > 0 and (weights[:, 5:] == caption.ANCHOR / 5).all()
 
 
 @torch.no_grad()
