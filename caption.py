@@ -642,28 +642,29 @@ def sampled_batches(train_set, captioner, tokenizer, recipe, first_step, args):
         batches = []
         for part in np.array_split(mine, math.ceil(len(mine) / recipe.micro_batch)):
             vision = train_set.vision(part).to(device)
-            repeated = vision.repeat_interleave(SAMPLES, 0)  # (B * K, S, D)
-            with autocast(device):
-                rows = captioner.generate(repeated, temperature=1.0, generator=generator)
-            samples = [until_end(row, captioner.eot) for row in rows.tolist()]
+            drawn = draw_samples(captioner, vision, generator)
             rewards = []
-            for ids, picture in zip(samples, part.repeat(SAMPLES), strict=True):
-                words = coco_eval.tokenize(train_gpt2.decode([ids], tokenizer)[0])
-                words += [END] * ids.count(captioner.eot)
-                rewards.append(cider.score(references[picture], words))
             groups = []
-            for i, picture in enumerate(part):
-                own = samples[i * SAMPLES : (i + 1) * SAMPLES]
-                groups.append(own + train_set.captions[picture][:SAMPLES])
+            for picture, samples in zip(part, drawn, strict=True):
+                for ids in samples:
+                    words = coco_eval.tokenize(train_gpt2.decode([ids], tokenizer)[0])
+                    words += [END] * ids.count(captioner.eot)
+                    rewards.append(cider.score(references[picture], words))
+                groups.append(samples + train_set.captions[picture][:SAMPLES])
             advantages = beyond_the_others(torch.tensor(rewards).view(-1, SAMPLES))
             weights = torch.cat([advantages, torch.full_like(advantages, ANCHOR)], dim=1) / SAMPLES
             batches.append((vision, captioner.pack(groups), weights, len(part) / len(chosen)))
         yield step, batches
 
 
-def until_end(ids, eot):
-    """A sampled caption with its <|endoftext|>; what follows that is filling."""
-    return ids[: ids.index(eot) + 1] if eot in ids else ids
+def draw_samples(captioner, vision, generator):
+    """For each picture K sampled captions: lists of token ids, up to <|endoftext|>."""
+    repeated = vision.repeat_interleave(SAMPLES, 0)  # (B * K, S, D)
+    with autocast(vision.device):
+        rows = captioner.generate(repeated, temperature=1.0, generator=generator).tolist()
+    eot = captioner.eot
+    rows = [row[: row.index(eot) + 1] if eot in row else row for row in rows]
+    return [rows[i : i + SAMPLES] for i in range(0, len(rows), SAMPLES)]
 
 
 def beyond_the_others(rewards):
