@@ -504,6 +504,8 @@ def read_dataset(folder, split):
             id, name = checked(entry, "id", "file_name")
             if str(id) in dataset:
                 raise UserError(f"{path}: picture {id} is there twice: keep one")
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise UserError(f"{path}: {name!r} leads out of the folder: do not trust this file")
             scene = entry["scene"] if toy else None
             dataset[str(id)] = {"id": id, "path": pictures / name, "captions": [], "scene": scene}
         for entry in content["annotations"]:

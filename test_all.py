@@ -1587,6 +1587,12 @@ def test_a_mistake_is_one_line(args, words, tmp_path):
     assert_error(run("train_gpt2.py", *args, cwd=tmp_path), *words)
 
 
+def test_half_an_environment_of_torchrun_is_one_line(tmp_path, monkeypatch):
+    """RANK that was left in the environment without the rest."""
+    monkeypatch.setenv("RANK", "0")
+    assert_error(run("train_gpt2.py", cwd=tmp_path), "WORLD_SIZE", "torchrun")
+
+
 def test_curves_are_drawn(tmp_path):
     """Curves without their validation, their second panel, or with points outside."""
     log = tmp_path / "log.csv"
@@ -2387,7 +2393,9 @@ def test_a_folder_of_own_pictures(tmp_path):
         ({"annotations": []}, "images"), ({**content, "images": images[:1] * 2}, "twice"),
         ({**content, "images": images[1:]}, "picture 0"),
         ({"images": images, "annotations": annotations[:1]}, "two pictures"),
-        ({"images": [{"id": 1}]}, "file_name"), ({"images": [{"id": 1.0, "file_name": "a"}]}, "id")]
+        ({"images": [{"id": 1}]}, "file_name"), ({"images": [{"id": 1.0, "file_name": "a"}]}, "id"),
+        ({"images": [{"id": 1, "file_name": "../../etc/passwd"}]}, "leads out"),
+        ({"images": [{"id": 1, "file_name": "/etc/passwd"}]}, "leads out")]
     for content, words in wrong:
         write_json(path, content)
         with pytest.raises(UserError, match=words):

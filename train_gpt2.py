@@ -110,12 +110,12 @@ def attention(q, k, v, mask=None, is_causal=False):
     FlashAttention (Dao et al. 2022) computes the same in tiles and never stores the weights;
     PyTorch chooses it on GPUs. test_decoder_equals_a_plain_float64_one
     """
+    options = {"attn_mask": mask, "is_causal": is_causal}
     if q.device.type == "cpu" and q.size(2) < 512:
         # bf16 is slow here on short sequences: 8.7 ms forward and backward, 1.8 in fp32 at T = 64
         with torch.autocast("cpu", enabled=False):
-            q, k, v = q.float(), k.float(), v.float()
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
+    return F.scaled_dot_product_attention(q, k, v, **options)
 
 
 class MLP(nn.Module):
@@ -962,6 +962,10 @@ def join_processes():
     """Under torchrun, make this process one of several (ranks): NCCL on GPUs, gloo on CPUs."""
     if "RANK" not in os.environ or dist.is_initialized():
         return
+    needed = {"WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    missing = needed - set(os.environ)
+    if missing:
+        raise UserError(f"RANK is set, but not {', '.join(missing)}: unset it, or use torchrun")
     use_device()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     device = pick_device() if backend == "nccl" else None
