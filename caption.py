@@ -514,7 +514,7 @@ def train(name, setup, args, blind=False):
             row = {}
             if run.step % recipe.log_every == 0 or run.step == 1 or is_eval_step or stop:
                 row = run.progress(loss, lr, norm, captions_a_step)
-            if is_eval_step and not stop:
+            if is_eval_step:
                 row |= keep_best(captioner, val_set, run, setup.tokenizer if args.scst else None)
             run.log(row)
             if is_eval_step or stop:
@@ -1286,7 +1286,7 @@ def flags():
     group = parser.add_argument_group("the frozen parts and the pictures")
     group.add_argument("--data", metavar="DIR", help="pictures in COCO's layout (data/coco)")
     group.add_argument("--lm", metavar="CKPT", help="the decoder, as train_gpt2.py --ckpt names it")
-    group.add_argument("--clip", help="NAME/TAG of open_clip (default: ViT-L-14-quickgelu/openai)")
+    group.add_argument("--clip", help="open_clip NAME/TAG or NAME/FILE (ViT-L-14-quickgelu/openai)")
     group = parser.add_argument_group("training")
     group.add_argument("--out", metavar="DIR", help="the run (default: runs/<setup>-<bridge>)")
     group.add_argument("--steps", dest="max_steps", type=positive, help="updates of the bridge")
