@@ -1727,13 +1727,15 @@ def test_a_rank_that_hangs_is_named_in_one_line(tmp_path):
 
 
 def test_the_first_signal_asks_and_the_second_ends(tmp_path):
-    """A Ctrl-C that is not noted, or a second one that is caught too."""
+    """A Ctrl-C that is not noted, a second one that is caught too, a nohup that is undone."""
     before = signal.getsignal(signal.SIGINT)
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     with train_gpt2.Run(tmp_path, {}, train_gpt2.RECIPES["tiny"], "tokens") as run:
-        assert not run.stop_requested()
+        assert not run.stop_requested() and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         signal.raise_signal(signal.SIGINT)
         assert run.stop_requested() and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) == before
+    signal.signal(signal.SIGHUP, hangup)
 
 
 def torchrun(script, *args, cwd, size=2):
