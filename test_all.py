@@ -3047,7 +3047,8 @@ def test_self_critical_training_and_an_exported_bridge(captions_run, shapes, ser
     assert 0 < max(distance.values()) < 0.05  # three small steps from there
     file = tmp_path / "bridge.safetensors"
     out = folder / "runs/shapes-cross"
-    process = run("caption.py", "--bridge", "cross", "--out", out, "--export", file, cwd=folder)
+    name = tmp_path / "bridge"  # the suffix is added
+    process = run("caption.py", "--bridge", "cross", "--out", out, "--export", name, cwd=folder)
     assert process.returncode == 0 and file.stat().st_size < 2_000_000, process.stderr
     server.files = {"/a.png": (shapes / "val/000001.png").read_bytes()}
     captions = []
@@ -3097,6 +3098,7 @@ def test_sampling_pictures(captions_run, shapes, tmp_path):
     (["--bridge", "cross", "--sample", "nothing.png"], ["nothing.png is not there"]),
     (["--bridge", "cross", "--sample", "empty"], ["no pictures"]),
     (["--bridge", "cross", "--sample", "text.png"], ["text.png cannot be read"]),
+    (["--ckpt", "ckpt", "--sample", "1.png"], ["is not a bridge"]),
     (["--bridge", "cross", "--data", "empty", "--lm", "ckpt", "--clip", "x/y"], ["--clip x/y"]),
     (["--bridge", "cross", "--data", "empty", "--lm", "ckpt", "--clip", "clip"],
      ["COCO's layout"])])
