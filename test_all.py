@@ -2865,6 +2865,52 @@ def toy_clip(tmp_path_factory):
     return path
 
 
+def test_the_toy_clip_is_trained(shapes, tmp_path, monkeypatch):
+    """A first run that stops at the toy CLIP, or leaves parts of it as they were."""
+    def short(steps, *args, **options):
+        return Recipe(6, *args, **options)
+
+    monkeypatch.setattr(caption, "Recipe", short)
+    caption.train_clip(shapes, tmp_path / "clip.pt")
+    encoder = caption.load_clip(tmp_path / "clip.pt")
+    assert encoder(torch.zeros(2, 3, 64, 64)).shape == (2, 65, 96)
+    torch.manual_seed(0)
+    before = open_clip.CLIP(**caption.TOY_CLIP).state_dict()
+    after = train_gpt2.read_checkpoint(tmp_path / "clip.pt", holds="clip")["model"]
+    same = [name for name in before if torch.equal(before[name], after[name])]
+    assert len(same) < len(before) / 10, same
+
+
+def test_the_decoder_is_asked_about_the_map_of_the_picture(shapes, monkeypatch):
+    """map_facts(): maps of other pictures, or answers that are cut in the wrong place."""
+    pictures = coco_eval.read_dataset(shapes, "val")[:100]
+    tokenizer = fineweb.get_tokenizer("tiny")
+    scenes = {fineweb.scene_map(p["scene"]): p["scene"] for p in pictures}
+
+    def true_answer(decoder, idx, length, **options):
+        rows = []
+        for row in idx.tolist():
+            scene_map, prompt = tokenizer.decode(row[1:]).split("\n")
+            things = {fineweb.object_name(t): t for t in scenes[scene_map]["objects"]}
+            named = [thing for name, thing in things.items() if name in prompt]
+            end = f" {list(things)[0]}" if prompt.endswith("of a") else ""
+            if prompt == "there are":
+                end = f" {fineweb.NUMBERS[len(things)]} objects"
+            elif prompt.endswith("the") and named:
+                end = " " + fineweb.place(named[0])
+            elif len(named) == 2:
+                named.sort(key=lambda t: prompt.index(fineweb.object_name(t)))
+                side = fineweb.relations(*named[::-1])[0]
+                end = f" to its {side}" if side in ("left", "right") else f" {side} it"
+            rows.append((row + tokenizer.encode_ordinary(end + "\n a b c d e"))[: len(row) + 6])
+        return torch.tensor(rows)
+
+    monkeypatch.setattr(train_gpt2, "generate", true_answer)
+    setup = types.SimpleNamespace(tokenizer=tokenizer, decoder=None)
+    shares = caption.map_facts(setup, pictures)
+    assert shares == dict.fromkeys(coco_eval.FACTS, 1.0)
+
+
 def test_batches_for_clip_have_hard_negatives():
     """Batches in which colors alone tell pictures apart, or pictures that are left out."""
     rng = random.Random(0)
