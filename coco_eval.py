@@ -15,8 +15,8 @@ they count as agreement:
 
 On the same tokens (equal for 99.9 % of captions) all give the numbers of the official COCO scorer,
 which needs Java, except that METEOR leaves out the tables of synonyms and paraphrases and says so:
-"METEOR (exact + stem)". The worked examples
-below, but CIDEr's, score one candidate against two references:
+"METEOR (exact + stem)". The worked examples below, but CIDEr's, score one candidate against two
+references:
 
     candidate       a red circle and a blue square
     references      a red circle above a blue square  |  a blue square
@@ -32,7 +32,7 @@ import warnings
 import zipfile
 from collections import Counter
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import regex
@@ -504,7 +504,8 @@ def read_dataset(folder, split):
             id, name = checked(entry, "id", "file_name")
             if str(id) in dataset:
                 raise UserError(f"{path}: picture {id} is there twice: keep one")
-            if Path(name).is_absolute() or ".." in Path(name).parts:
+            inner = PureWindowsPath(name)  # which knows both kinds of slashes, and C:
+            if inner.anchor or ".." in inner.parts:
                 raise UserError(f"{path}: {name!r} leads out of the folder: do not trust this file")
             scene = entry["scene"] if toy else None
             dataset[str(id)] = {"id": id, "path": pictures / name, "captions": [], "scene": scene}
@@ -605,6 +606,8 @@ def unpack(archive, folder, name):
         with zipfile.ZipFile(archive) as zipped, fineweb.new_folder(folder / name) as building:
             members = [m for m in zipped.infolist() if not m.is_dir()]
             for member in tqdm(members, desc=name, unit=" files", disable=None):
+                if not member.filename.startswith(f"{name}/"):
+                    raise UserError(f"{archive} has files outside of {name}/: remove it")
                 member.filename = member.filename.removeprefix(f"{name}/")
                 zipped.extract(member, building)  # never out of this folder, whatever the name
     except (zipfile.BadZipFile, NotImplementedError) as error:
@@ -664,7 +667,7 @@ def make_shapes(folder, images=TRAIN_IMAGES):
         (building / "annotations").mkdir()
         for split, kinds in splits.items():
             (building / split).mkdir()
-            rng = random.Random(f"0 {split}")
+            rng = random.Random(f"0 {split}")  # the same scenes each time
             entries = []
             annotations = []
             for id, held_out in enumerate(kinds, 1):

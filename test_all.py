@@ -2400,7 +2400,9 @@ def test_a_folder_of_own_pictures(tmp_path):
         ({"images": images, "annotations": annotations[:1]}, "two pictures"),
         ({"images": [{"id": 1}]}, "file_name"), ({"images": [{"id": 1.0, "file_name": "a"}]}, "id"),
         ({"images": [{"id": 1, "file_name": "../../etc/passwd"}]}, "leads out"),
-        ({"images": [{"id": 1, "file_name": "/etc/passwd"}]}, "leads out")]
+        ({"images": [{"id": 1, "file_name": "/etc/passwd"}]}, "leads out"),
+        ({"images": [{"id": 1, "file_name": "a\\..\\b.png"}]}, "leads out"),
+        ({"images": [{"id": 1, "file_name": "C:b.png"}]}, "leads out")]
     for content, words in wrong:
         write_json(path, content)
         with pytest.raises(UserError, match=words):
@@ -2465,15 +2467,18 @@ def test_coco_is_fetched_unpacked_and_left_alone(server, tmp_path, monkeypatch):
 
 def test_archives_that_are_not_right(tmp_path):
     """An archive that writes somewhere else, or leaves half a folder."""
-    names = ("val2017/1.jpg", "val2017/../../out.txt", "/etc/out.txt")
+    names = ("val2017/1.jpg", "val2017/../../out.txt")
     (tmp_path / "a.zip").write_bytes(archive(dict.fromkeys(names, "x")))
     coco_eval.unpack(tmp_path / "a.zip", tmp_path / "coco", "val2017")
     assert {path.name for path in tmp_path.iterdir()} == {"coco"}
     assert {path.name for path in (tmp_path / "coco").iterdir()} == {"val2017"}
-    (tmp_path / "a.zip").write_bytes(b"PK no archive")
-    with pytest.raises(UserError, match="cannot be unpacked"):
-        coco_eval.unpack(tmp_path / "a.zip", tmp_path / "coco/again", "val2017")
-    assert not (tmp_path / "coco/again/val2017").exists()
+    damage = {b"PK no archive": "cannot be unpacked", archive({"other/1.jpg": "x"}): "outside",
+              archive({"/etc/out.txt": "x"}): "outside"}
+    for body, words in damage.items():
+        (tmp_path / "a.zip").write_bytes(body)
+        with pytest.raises(UserError, match=words):
+            coco_eval.unpack(tmp_path / "a.zip", tmp_path / "coco/again", "val2017")
+        assert not (tmp_path / "coco/again/val2017").exists()
 
 
 def test_pictures_of_every_kind_are_read_right(tmp_path):

@@ -560,7 +560,7 @@ def train(args):
     recipe = choose_recipe(RECIPES[preset], args, config.block_size)
     train_set, val_sets, tokenizer = open_data(data, config)
     identity = {"preset": preset, "tokenizer": tokenizer.name, "data": train_set.digest()}
-    identity |= {"seed": args.seed, "batch_size": recipe.batch_size}  # of a run that goes on
+    identity |= {"seed": args.seed, "batch_size": recipe.batch_size}  # the same on resume
     run = Run(args.out or f"runs/{preset}", identity, recipe, "tokens", args.restart)
     torch.manual_seed(args.seed)
     model = GPT(config).to(device)
@@ -668,11 +668,13 @@ def pack(rows):
     tensors = {name: pad([row[name] for row in layouts], PADDING[name]) for name in PADDING}
     part = tensors.pop("part")  # (B, T)
     same_part = part[:, :, None] == part[:, None, :]  # (B, query, key)
+    to_beginning = part[:, None, :] == 0
     causal = torch.ones(same_part.shape[1:], dtype=torch.bool).tril()
-    mask = (same_part | (part[:, None, :] == 0)) & causal  # or of the beginning
+    mask = (same_part | to_beginning) & causal
     return Packed(mask=mask[:, None], **tensors)
 
 
+# What fills up the lists of lay_out(); part is 0 in the beginning and k + 1 in continuation k
 PADDING = {"idx": 0, "positions": 0, "part": -1, "source": 0, "targets": -100, "owner": -1}
 
 
@@ -1222,8 +1224,9 @@ class Run:
     """The folder of a run, by one process at a time: checkpoint, log.csv, and how to stop.
 
     identity: what must stay the same when it is continued. unit: what its speed counts. In the
-    context of a Run, Ctrl-C, SIGTERM and SIGHUP are noted and the loop is asked to stop; the
-    second one stops at once. log.csv is cut back to the checkpoint first: those rows come again.
+    context of a Run, Ctrl-C, SIGTERM and SIGHUP are noted and the loop is asked to stop; without
+    torchrun the second one stops at once. log.csv is cut back to the checkpoint first: those rows
+    come again.
     """
 
     def __init__(self, out, identity, recipe, unit, restart=False):
@@ -1287,10 +1290,11 @@ class Run:
             raise UserError("another rank does not answer: look at its output") from None
 
     def on_signal(self, number, frame):
-        """Ask the loop to stop; the next signal is no longer caught."""
+        """Ask the loop to stop; without torchrun the next signal is no longer caught."""
         os.write(2, b"\nstopping after this step\n")
         self.signal = number
-        if world_size() == 1:  # under torchrun each process gets Ctrl-C twice: it passes it on
+        if world_size() == 1:  # torchrun passes Ctrl-C on: its processes get it twice
+            os.write(2, b"once more stops at once\n")
             for other in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(other, signal.SIG_DFL)
 
