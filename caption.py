@@ -16,8 +16,8 @@ stand in those 33 places, and a bridge has to make them look like the words. Wit
 run lives in runs/<setup>-<bridge>/: ckpt.pt, best.pt, log.csv, curves.png, grid.png, scores.json.
 
 Chapters: 1 the image encoder, 2 the three bridges, 3 the captioner, 4 training a bridge, 5
-self-critical training, 6 evaluation and comparison, 7 your own pictures. Appendix A: vision tokens
-on disk, appendix B: the toy setup and the full one.
+self-critical training, 6 evaluation and comparison, 7 your own pictures. Appendices: A vision
+tokens on disk, B the toy setup and the full one, C the recipe and the folder of a run.
 
 Letters beside the code: B batch, T time (tokens), C width of the decoder, P prefix, S vision
 tokens, D their width, N targets of a row, V vocabulary, W beams.
@@ -31,7 +31,6 @@ import os
 import random
 import sys
 import textwrap
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -412,9 +411,6 @@ class Captioner(nn.Module):
 # -----------------------------------------------------------------------------
 # 4. Training a bridge
 
-# the highest learning rate, and Muon's as a multiple of it (0: AdamW alone)
-TOY_RATES = {"linear": (1e-2, 4), "cross": (2e-3, 5), "qformer": (2e-3, 5)}
-FULL_RATES = {"linear": (2e-3, 0), "cross": (4e-4, 0), "qformer": (4e-4, 0)}
 LONGEST = 100  # tokens of a caption; val2017 has 57 at most, and one endless one would fill memory
 
 
@@ -424,17 +420,15 @@ class PictureSet:
 
     pictures: list  # as coco_eval.read_dataset() gives them
     captions: list  # for each picture a list of token lists, ended by <|endoftext|>
-    features: list  # chunks (CHUNK, S, D), float16, on disk
-    rows: np.ndarray  # for each picture its row in all chunks
+    features: np.ndarray  # (all pictures, S, D), float16, on disk
+    rows: np.ndarray  # for each picture its row of the features
 
     def __len__(self):
         return len(self.pictures)
 
-    def vision(self, chosen):
-        """Vision tokens (B, S, D) of the chosen pictures."""
-        rows = self.rows[np.asarray(chosen)]
-        tokens = [self.features[row // CHUNK][row % CHUNK] for row in rows]
-        return torch.from_numpy(np.stack(tokens).astype(np.float32))
+    def vision(self, chosen=slice(None)):
+        """Vision tokens (B, S, D) of the chosen pictures, by default of all."""
+        return torch.from_numpy(self.features[self.rows[chosen]].astype(np.float32))
 
     def subset(self, chosen):
         pictures = [self.pictures[i] for i in chosen]
@@ -447,8 +441,7 @@ class PictureSet:
 
     def blind(self):
         """The same captions with vision tokens that are all 0."""
-        zeros = [np.broadcast_to(np.float16(0), chunk.shape) for chunk in self.features]
-        return replace(self, features=zeros)
+        return replace(self, features=np.broadcast_to(np.float16(0), self.features.shape))
 
 
 def clean_caption(text):
@@ -481,7 +474,7 @@ def train(name, setup, args, blind=False):
         train_set = train_set.blind()
         val_set = val_set.blind()
     torch.manual_seed(args.seed)
-    captioner = build(name, *train_set.features[0].shape[1:], setup.decoder).to(device)
+    captioner = build(name, *train_set.features.shape[1:], setup.decoder).to(device)
     if args.scst:  # continues from the bridge that was trained with cross-entropy
         captioner = trained_bridge(run_folder(name, args), setup, args)
     recipe = choose_recipe(name, setup, len(train_set), args)
@@ -545,59 +538,6 @@ def keep_best(captioner, val_set, run, tokenizer=None):
             content["model"] = captioner.bridge.state_dict()
             train_gpt2.save_checkpoint(run.out / "best.pt", content, keep=False)
     return row
-
-
-def choose_recipe(name, setup, pictures, args):
-    """The three bridges share one budget; only the learning rates are each one's own."""
-    lr, muon = (TOY_RATES if setup.toy else FULL_RATES)[name]
-    batch = args.batch_size or (32 if setup.toy else 64)
-    steps = 600 if setup.toy else math.ceil(4 * pictures / batch)
-    if args.scst:  # a step samples captions, which takes longer, and only corrects
-        steps = math.ceil(steps / 6)
-        lr /= 10
-    steps = args.max_steps or steps
-    warmup = max(1, round(0.03 * steps))
-    options = {"min_lr_ratio": 0.0, "weight_decay": 0.01, "eval_every": max(1, steps // 10)}
-    recipe = Recipe(steps, batch, batch, lr, warmup, muon=muon, **options)
-    recipe = train_gpt2.with_flags(recipe, args)
-    processes = train_gpt2.world_size()
-    if recipe.batch_size < processes:
-        raise UserError(f"--batch {recipe.batch_size} is less than {processes} processes: raise it")
-    return recipe
-
-
-def trained_bridge(folder, setup, args):
-    """The Captioner of a run of cross-entropy that has come to its end."""
-    if not list(folder.glob("scores*.json")):
-        raise UserError(f"{folder} has no trained bridge: train it first, without --scst")
-    return load_captioner(folder / "best.pt", setup, args)
-
-
-def run_identity(name, captioner, setup, train_set, recipe, args):
-    """What has to stay the same when a run is continued, and what its bridge needs to be used."""
-    S, D = train_set.features[0].shape[1:]
-    captions = hashlib.sha256(json.dumps(train_set.captions).encode()).hexdigest()[:16]
-    identity = {"toy": setup.toy, "bridge": name, "S": S, "D": D, "captions": captions}
-    identity |= {"decoder": setup.decoder_name, "clip": setup.encoder.name}
-    if args.scst:  # samples depend on what is computed together
-        parts = [recipe.micro_batch, train_gpt2.world_size()]
-        identity |= {"base": fingerprint(captioner.bridge), "parts": parts}
-    return identity | {"seed": args.seed, "batch_size": recipe.batch_size}
-
-
-def run_folder(name, args, blind=False, scst=False):
-    """--out, or runs/<setup>-<bridge>; under --compare each bridge has a folder in --out."""
-    folder = (f"{name}-blind" if blind else name) + seed_suffix(args)
-    setup = "toy" if is_toy(args) else Path(args.data or "data/coco").resolve().name
-    out = Path(args.out or f"runs/{setup}-{folder}")
-    if args.compare and args.out:
-        out = out / folder
-    return out.with_name(f"{out.name}-scst") if scst else out
-
-
-def seed_suffix(args):
-    """What stands after the names of runs with another seed than 0."""
-    return f"-{args.seed}" if args.seed else ""
 
 
 # -----------------------------------------------------------------------------
@@ -692,45 +632,37 @@ def caption_loss(captioner, pictures, device, batch=50):
     return nats / tokens, nats / sum(map(len, pictures.captions))
 
 
-@torch.no_grad()
-def write_captions(captioner, vision, tokenizer, beams=1, prompt=None, **options):
-    """A caption for each picture of vision (B, S, D); options of generate() or beam_search()."""
-    device = pick_device()
-    vision = vision.to(device)
-    with autocast(device):
-        if beams > 1:
-            rows = captioner.beam_search(vision, beams, **options)
-        else:
-            prompt = None if prompt is None else prompt.to(device)
-            rows = captioner.generate(vision, prompt=prompt, **options)
-    return [text.strip() for text in train_gpt2.decode(rows.tolist(), tokenizer)]
+def write_captions(captioner, vision, tokenizer, prompts=None, beams=1, **options):
+    """A caption for each picture of vision (B, S, D); options of Captioner.generate().
 
-
-def write_all_captions(captioner, pictures, tokenizer, prompts=None, batch=250, beams=1, **options):
-    """A caption for each picture of a PictureSet.
-
-    prompts: for each picture the token ids with which its caption begins, all of one length.
+    prompts: (B, n) token ids with which the captions begin.
     """
-    texts = []
-    batch = max(1, batch // beams)
-    for i in range(0, len(pictures), batch):
-        part = range(i, min(i + batch, len(pictures)))
-        prompt = torch.tensor([prompts[j] for j in part]) if prompts else None
-        vision = pictures.vision(part)
-        texts += write_captions(captioner, vision, tokenizer, beams, prompt, **options)
-    return texts
+    device = pick_device()
+    rows = []
+    batch = max(1, 250 // beams)
+    for i in range(0, len(vision), batch):
+        part = vision[i : i + batch].to(device)
+        prompt = None if prompts is None else prompts[i : i + batch].to(device)
+        with autocast(device):
+            if beams > 1:
+                ids = captioner.beam_search(part, beams)
+            else:
+                ids = captioner.generate(part, prompt=prompt, **options)
+        rows += ids.tolist()
+    return [text.strip() for text in train_gpt2.decode(rows, tokenizer)]
 
 
 def ask_facts(pictures, tokenizer, answer):
     """How often a fact is right in a caption whose beginning asks for it: {fact: share}.
 
-    answer: takes the beginnings, token ids of one length, and gives the whole captions.
+    answer: takes the beginnings, token ids (B, n), and gives the whole captions.
     """
     rng = random.Random(0)
     asked = [coco_eval.questions(picture["scene"], rng) for picture in pictures]
     shares = {}
     for fact in coco_eval.FACTS:
-        texts = answer([tokenizer.encode_ordinary(question[fact]) for question in asked])
+        prompts = [tokenizer.encode_ordinary(question[fact]) for question in asked]
+        texts = answer(torch.tensor(prompts))
         correct = 0
         for text, picture in zip(texts, pictures, strict=True):
             correct += coco_eval.facts(text, picture["scene"])[fact] is True
@@ -742,15 +674,14 @@ def map_facts(setup, pictures):
     """ask_facts() of the decoder that reads the scene as a map in words, to compare with."""
     tokenizer = setup.tokenizer
     maps = [fineweb.scene_map(picture["scene"]) + "\n" for picture in pictures]
-    maps = [[tokenizer.eot_token, *tokenizer.encode_ordinary(text)] for text in maps]
+    maps = torch.tensor([[tokenizer.eot_token, *tokenizer.encode_ordinary(t)] for t in maps])
     newline = tokenizer.encode_ordinary("\n")[0]
 
     def answer(prompts):
-        rows = [row + prompt for row, prompt in zip(maps, prompts, strict=True)]
-        idx = torch.tensor(rows, device=pick_device())
+        idx = torch.cat([maps, prompts], dim=1).to(pick_device())
         with autocast(pick_device()):
             out = train_gpt2.generate(setup.decoder, idx, 8, temperature=0, stop=newline)
-        texts = [tokenizer.decode(row[len(maps[0]) :]) for row in out.tolist()]
+        texts = [tokenizer.decode(row[maps.size(1) :]) for row in out.tolist()]
         return [text.split("\n")[0] for text in texts]
 
     return ask_facts(pictures, tokenizer, answer)
@@ -776,7 +707,7 @@ def split_unseen(pictures):
 
 def score_captions(captioner, pictures, tokenizer, beams=1):
     """(what coco_eval.evaluate() gives, the captions) of a PictureSet."""
-    texts = write_all_captions(captioner, pictures, tokenizer, beams=beams)
+    texts = write_captions(captioner, pictures.vision(), tokenizer, beams=beams)
     references = {picture["id"]: picture["captions"] for picture in pictures.pictures}
     return coco_eval.evaluate(references, dict(zip(references, texts, strict=True))), texts
 
@@ -802,8 +733,8 @@ def evaluate(out, setup, args, beam=None):
         row["captions true"] = true_captions(texts, seen.pictures)
         groups = {"": seen, ", unseen pairs": unseen, ", shuffled": seen.shuffled()}
         for kind, group in groups.items():
-            options = {"max_new_tokens": 8}
-            answer = functools.partial(write_all_captions, captioner, group, tokenizer, **options)
+            parts = (captioner, group.vision(), tokenizer)
+            answer = functools.partial(write_captions, *parts, max_new_tokens=8)
             for fact, share in ask_facts(group.pictures, tokenizer, answer).items():
                 row[fact + kind] = share
             facts = [f"{fact} {row[fact + kind]:.2f}" for fact in coco_eval.FACTS]
@@ -1032,7 +963,6 @@ def export(args):
 # -----------------------------------------------------------------------------
 # Appendix A: vision tokens on disk. CLIP never changes, so each picture goes through it once
 
-CHUNK = 512  # pictures in a file
 CLIP_BATCH = 64
 
 
@@ -1041,7 +971,7 @@ def load_pictures(setup, split, args):
     pictures = coco_eval.read_dataset(setup.data, split)
     with train_gpt2.rank_zero_first():
         features = cached_features(setup.encoder, pictures, setup.data.name)
-    rows = np.flatnonzero(np.concatenate([~np.isnan(chunk[:, 0, 0]) for chunk in features]))
+    rows = np.flatnonzero(~np.isnan(features[:, 0, 0]))
     if not len(rows):
         raise UserError(f"no picture of {setup.data} ({split}) can be read: check the folder")
     pictures = [pictures[i] for i in rows]
@@ -1054,35 +984,39 @@ def load_pictures(setup, split, args):
 
 
 def cached_features(encoder, pictures, name):
-    """Vision tokens of pictures [{"id", "path"}, ...]: memory maps (CHUNK, S, D), float16.
+    """Vision tokens of pictures [{"id", "path"}, ...]: a memory map (pictures, S, D), float16.
 
-    The folder's name has a digest of CLIP and the very files (path, size, time of change); a file
-    that is there is done. A picture that cannot be read is NaN.
+    The file's name has a digest of CLIP and the very pictures (path, size, time of change). It only
+    grows, so an interrupted pass goes on where it was. A picture that cannot be read is NaN.
     """
     digest = hashlib.sha256(f"{encoder.name} 4x8".encode())
     for picture in pictures:
         path = Path(picture["path"]).absolute()
         change = (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else None
         digest.update(f"{picture['id']} {path} {change}\n".encode("utf-8", "surrogateescape"))
-    folder = Path("data/features") / f"{name}-{digest.hexdigest()[:16]}"
-    paths = [folder / f"{begin:07d}.npy" for begin in range(0, len(pictures), CHUNK)]
-    missing = [i for i, path in enumerate(paths) if not path.exists()]
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # they decode pictures
-        bar = tqdm(total=sum(len(pictures[i * CHUNK : (i + 1) * CHUNK]) for i in missing),
-                   desc="vision tokens", unit=" pictures", disable=None)
-        for i in missing:
-            chunk = pictures[i * CHUNK : (i + 1) * CHUNK]
-            images = threads.map(functools.partial(prepared, encoder), chunk)
-            features = []
-            while batch := list(itertools.islice(images, CLIP_BATCH)):
-                batch = torch.stack(batch)
-                tokens = pool_tokens(encoder(batch)).cpu().numpy().astype(np.float16)
-                tokens[batch[:, 0, 0, 0].isnan().numpy()] = np.nan
-                features.append(tokens)
-                bar.update(len(batch))
-            with fineweb.atomic_write(paths[i]) as file:
-                np.save(file, np.concatenate(features))
-    return [np.load(path, mmap_mode="r") for path in paths]
+    path = Path("data/features") / f"{name}-{digest.hexdigest()[:16]}.bin"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = (len(pictures), 33, encoder.visual.transformer.width)
+    batch_bytes = 2 * CLIP_BATCH * shape[1] * shape[2]
+
+    def get_batch(i):
+        batch = pictures[i * CLIP_BATCH : (i + 1) * CLIP_BATCH]
+        return torch.stack([prepared(encoder, picture) for picture in batch])
+
+    with open(path, "ab") as file:
+        if file.tell() < 2 * math.prod(shape):
+            with fineweb.lock(path):
+                done = file.tell() // batch_bytes
+                file.truncate(done * batch_bytes)
+                batches = math.ceil(len(pictures) / CLIP_BATCH)
+                loader = train_gpt2.prefetch(get_batch, done, batches, ahead=os.cpu_count())
+                options = {"initial": done, "total": batches, "unit_scale": CLIP_BATCH}
+                options |= {"desc": "vision tokens", "unit": " pictures", "disable": None}
+                for _, batch in tqdm(loader, **options):
+                    tokens = pool_tokens(encoder(batch)).cpu().numpy().astype(np.float16)
+                    tokens[batch[:, 0, 0, 0].isnan().numpy()] = np.nan
+                    file.write(tokens.tobytes())
+    return np.memmap(path, np.float16, "r", shape=shape)
 
 
 def prepared(encoder, picture):
@@ -1265,6 +1199,67 @@ def clip_texts(captions, length=32):
         tokens = tokens[: length - 1]
         row[: len(tokens) + 1] = torch.tensor([*tokens, tokenizer.eot_token])
     return texts
+
+
+# -----------------------------------------------------------------------------
+# Appendix C: the recipe and the folder of a run
+
+# the highest learning rate, and Muon's as a multiple of it (0: AdamW alone)
+TOY_RATES = {"linear": (1e-2, 4), "cross": (2e-3, 5), "qformer": (2e-3, 5)}
+FULL_RATES = {"linear": (2e-3, 0), "cross": (4e-4, 0), "qformer": (4e-4, 0)}
+
+
+def choose_recipe(name, setup, pictures, args):
+    """The three bridges share one budget; only the learning rates are each one's own."""
+    lr, muon = (TOY_RATES if setup.toy else FULL_RATES)[name]
+    batch = args.batch_size or (32 if setup.toy else 64)
+    steps = 600 if setup.toy else math.ceil(4 * pictures / batch)
+    if args.scst:  # a step samples captions, which takes longer, and only corrects
+        steps = math.ceil(steps / 6)
+        lr /= 10
+    steps = args.max_steps or steps
+    warmup = max(1, round(0.03 * steps))
+    options = {"min_lr_ratio": 0.0, "weight_decay": 0.01, "eval_every": max(1, steps // 10)}
+    recipe = Recipe(steps, batch, batch, lr, warmup, muon=muon, **options)
+    recipe = train_gpt2.with_flags(recipe, args)
+    processes = train_gpt2.world_size()
+    if recipe.batch_size < processes:
+        raise UserError(f"--batch {recipe.batch_size} is less than {processes} processes: raise it")
+    return recipe
+
+
+def trained_bridge(folder, setup, args):
+    """The Captioner of a run of cross-entropy that has come to its end."""
+    if not list(folder.glob("scores*.json")):
+        raise UserError(f"{folder} has no trained bridge: train it first, without --scst")
+    return load_captioner(folder / "best.pt", setup, args)
+
+
+def run_identity(name, captioner, setup, train_set, recipe, args):
+    """What has to stay the same when a run is continued, and what its bridge needs to be used."""
+    S, D = train_set.features.shape[1:]
+    captions = hashlib.sha256(json.dumps(train_set.captions).encode()).hexdigest()[:16]
+    identity = {"toy": setup.toy, "bridge": name, "S": S, "D": D, "captions": captions}
+    identity |= {"decoder": setup.decoder_name, "clip": setup.encoder.name}
+    if args.scst:  # samples depend on what is computed together
+        parts = [recipe.micro_batch, train_gpt2.world_size()]
+        identity |= {"base": fingerprint(captioner.bridge), "parts": parts}
+    return identity | {"seed": args.seed, "batch_size": recipe.batch_size}
+
+
+def run_folder(name, args, blind=False, scst=False):
+    """--out, or runs/<setup>-<bridge>; under --compare each bridge has a folder in --out."""
+    folder = (f"{name}-blind" if blind else name) + seed_suffix(args)
+    setup = "toy" if is_toy(args) else Path(args.data or "data/coco").resolve().name
+    out = Path(args.out or f"runs/{setup}-{folder}")
+    if args.compare and args.out:
+        out = out / folder
+    return out.with_name(f"{out.name}-scst") if scst else out
+
+
+def seed_suffix(args):
+    """What stands after the names of runs with another seed than 0."""
+    return f"-{args.seed}" if args.seed else ""
 
 
 # -----------------------------------------------------------------------------

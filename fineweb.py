@@ -567,7 +567,8 @@ def lock(folder):
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        raise UserError(f"another process is at work in {folder}: choose another --out") from None
+        reason = f"another process is at work in {folder}"
+        raise UserError(f"{reason}: wait, or choose another --out") from None
     try:
         yield
     finally:

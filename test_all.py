@@ -1675,7 +1675,7 @@ def train_together(rank, size, port, tiny, out):
     for loss, norm in itertools.islice(steps(net, recipe, get), 3):
         results += [loss, norm]
     results += caption.caption_loss(captioner, pictures, CPU)
-    texts = caption.write_all_captions(captioner, pictures, tokenizer, max_new_tokens=6)
+    texts = caption.write_captions(captioner, pictures.vision(), tokenizer, max_new_tokens=6)
     if rank == 0:
         Path(out).write_text(json.dumps([results, texts, len(sums)]))
     if size > 1:
@@ -2551,7 +2551,7 @@ def some_pictures(number, seed=0):
         lengths = [rng.randint(1, 9) for _ in range(rng.randint(1, 3))]
         captions.append([[*(rng.randrange(42) for _ in range(n)), 42] for n in lengths])
     features = np.random.RandomState(0).randn(number, 5, 12).astype(np.float16)
-    return caption.PictureSet([{}] * number, captions, [features], np.arange(number))
+    return caption.PictureSet([{}] * number, captions, features, np.arange(number))
 
 
 def bridge_steps(model, pictures, recipe):
@@ -2933,7 +2933,6 @@ def test_batches_for_clip_have_hard_negatives():
 def test_vision_tokens_are_computed_once_and_gone_on_with(toy_clip, shapes, tmp_path, monkeypatch):
     """Vision tokens of another picture or CLIP; work that is done twice."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(caption, "CHUNK", 64)
     encoder = caption.load_clip(toy_clip)
     pictures = coco_eval.read_dataset(shapes, "train")[:150]
     seen = []
@@ -2943,8 +2942,8 @@ def test_vision_tokens_are_computed_once_and_gone_on_with(toy_clip, shapes, tmp_
     def features(pictures=pictures, encoder=encoder):
         """(vision tokens, how many pictures were read for them)"""
         seen.clear()
-        chunks = caption.cached_features(encoder, pictures, "x")
-        return np.concatenate(chunks), len(seen)
+        tokens = np.array(caption.cached_features(encoder, pictures, "x"))
+        return tokens, len(seen)
 
     first, count = features()
     assert first.shape == (150, 33, 96) and first.dtype == np.float16 and count == 150
@@ -2955,9 +2954,13 @@ def test_vision_tokens_are_computed_once_and_gone_on_with(toy_clip, shapes, tmp_
     assert np.allclose(first[70], tokens, atol=2e-2)
     again, count = features()
     assert np.array_equal(first, again) and count == 0
-    next(Path("data/features").glob("x-*/0000064.npy")).unlink()  # as a kill leaves it
+    path = next(Path("data/features").glob("x-*.bin"))
+    os.truncate(path, 100 * 33 * 96 * 2 + 7)  # as a kill leaves it
     again, count = features()
-    assert np.array_equal(first, again) and count == 64
+    assert np.array_equal(first, again) and count == 150 - 64
+    os.truncate(path, 0)
+    with fineweb.lock(path), pytest.raises(UserError, match="another process is at work"):
+        features()
     other = caption.ImageEncoder(encoder.visual, encoder.preprocess, "other")
     for change in ({"pictures": pictures[:9]}, {"encoder": other}):
         assert features(**change)[1] == len(change.get("pictures", pictures))
@@ -2973,7 +2976,7 @@ def test_vision_tokens_are_computed_once_and_gone_on_with(toy_clip, shapes, tmp_
 
 EXTRACTION = """
 import sys, time, caption, coco_eval
-caption.CHUNK, prepared = 64, caption.prepared
+prepared = caption.prepared
 caption.prepared = lambda *args: (time.sleep(0.02), prepared(*args))[1]
 pictures = coco_eval.read_dataset(sys.argv[2], "train")
 caption.cached_features(caption.load_clip(sys.argv[1]), pictures, "x")
@@ -2983,26 +2986,26 @@ caption.cached_features(caption.load_clip(sys.argv[1]), pictures, "x")
 def test_an_extraction_that_is_killed_goes_on(toy_clip, shapes, tmp_path, monkeypatch):
     """Vision tokens that are lost, or wrong, after a kill."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(caption, "CHUNK", 64)
     command = [sys.executable, "-c", EXTRACTION, toy_clip, shapes]
     env = {**os.environ, "PYTHONPATH": str(HERE)}
     process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
-    while not list(tmp_path.glob("data/features/x-*/*.npy")):
+    while not any(path.stat().st_size for path in tmp_path.glob("data/features/x-*.bin")):
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
     process.wait()
-    done = 64 * len(list(tmp_path.glob("data/features/x-*/0*.npy")))
+    size = next(tmp_path.glob("data/features/x-*.bin")).stat().st_size
+    done = size // (64 * 33 * 96 * 2) * 64
     pictures = coco_eval.read_dataset(shapes, "train")
     assert 0 < done < len(pictures)
     encoder = caption.load_clip(toy_clip)
     seen = []
     prepared = caption.prepared
     monkeypatch.setattr(caption, "prepared", lambda *args: seen.append(args) or prepared(*args))
-    again = np.concatenate(caption.cached_features(encoder, pictures, "x"))
+    again = np.array(caption.cached_features(encoder, pictures, "x"))
     assert len(seen) == len(pictures) - done
     shutil.rmtree("data/features")
-    whole = np.concatenate(caption.cached_features(encoder, pictures, "x"))
+    whole = np.array(caption.cached_features(encoder, pictures, "x"))
     assert np.array_equal(again, whole)
 
 
