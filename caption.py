@@ -38,7 +38,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 import torch.nn as nn
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.nn import functional as F
@@ -135,6 +135,13 @@ class LinearBridge(nn.Module):
         return None
 
 
+class BlindBridge(LinearBridge):
+    """A linear bridge that sees zeros, to compare with: what it reaches needs no picture."""
+
+    def prefix(self, vision):
+        return super().prefix(torch.zeros_like(vision))
+
+
 class QFormerBridge(nn.Module):
     """Learned queries gather what a caption needs (BLIP-2, Li et al. 2023, section 3.1).
 
@@ -182,8 +189,8 @@ class QFormerLayer(nn.Module):
         self.ln_1 = nn.LayerNorm(C)
         self.ln_2 = nn.LayerNorm(C)
         self.ln_3 = nn.LayerNorm(C)
-        self.self_attn = Attention(C, config.n_head)
-        self.cross_attn = Attention(C, config.n_head)
+        self.self_attn = Attention(config)
+        self.cross_attn = Attention(config)
         self.mlp = MLP(C)
         for part in (self.self_attn, self.cross_attn):
             nn.init.normal_(part.c_attn.weight, std=1.5 / math.sqrt(C))  # large: sharp weights
@@ -219,7 +226,7 @@ class CrossAttentionBridge(nn.Module):
         self.linear = LinearBridge(S, D, decoder)
         self.linear.positions.data = decoder.wpe.weight[:S].detach().float().clone()
         self.ln = nn.ModuleList(nn.LayerNorm(C) for _ in decoder.h)
-        self.cross_attn = nn.ModuleList(Attention(C, decoder.config.n_head) for _ in decoder.h)
+        self.cross_attn = nn.ModuleList(Attention(decoder.config) for _ in decoder.h)
         for ln, cross_attn, block in zip(self.ln, self.cross_attn, decoder.h, strict=True):
             ln.load_state_dict(block.ln_1.state_dict())
             cross_attn.load_state_dict(block.attn.state_dict())
@@ -239,14 +246,8 @@ class CrossAttentionBridge(nn.Module):
         return look
 
 
-class Attention(nn.Module):
-    """Attention from x (B, T, C) to another sequence (B, S, C), with GPT-2's names of tensors."""
-
-    def __init__(self, C, n_head):
-        super().__init__()
-        self.n_head = n_head
-        self.c_attn = nn.Linear(C, 3 * C)  # its rows are q, k and v
-        self.c_proj = nn.Linear(C, C)
+class Attention(train_gpt2.CausalSelfAttention):
+    """Attention from x (B, T, C) to another sequence (B, S, C), with the tensors of GPT-2's own."""
 
     def split_heads(self, x):
         return x.view(x.size(0), x.size(1), self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
@@ -269,7 +270,12 @@ def token_scale(decoder):
     return decoder.wte.weight.float().std().item()
 
 
-BRIDGES = {"linear": LinearBridge, "cross": CrossAttentionBridge, "qformer": QFormerBridge}
+BRIDGES = {
+    "linear": LinearBridge,
+    "cross": CrossAttentionBridge,
+    "qformer": QFormerBridge,
+    "blind": BlindBridge,
+}
 
 
 def build(name, S, D, decoder):
@@ -299,7 +305,8 @@ class Captioner(nn.Module):
         self.bridge = bridge
         self.decoder = decoder.eval().requires_grad_(False)
         self.eot = decoder.config.n_vocab - 1  # <|endoftext|> is the last token of both tokenizers
-        self.room = decoder.config.block_size - bridge.P  # tokens of a caption that fit
+        # tokens of a caption that fit; val2017 has 57 at most, and an endless one would fill memory
+        self.room = min(100, decoder.config.block_size - bridge.P)
 
     def beginning(self, vision):
         """What stands before the caption, (B, P, C), with the decoder's positions."""
@@ -374,7 +381,6 @@ class Captioner(nn.Module):
         first_row = W * torch.arange(B, device=device)[:, None]  # of the cache, for each picture
         tokens = torch.zeros(B, W, 0, dtype=torch.long, device=device)
         done = torch.zeros(B, W, dtype=torch.bool, device=device)
-        length = torch.zeros(B, W, device=device)
         total = torch.full((B, W), -math.inf, device=device)
         total[:, 0] = 0  # the beams are alike at first: only one may go on
         cache, h = self.prefill(vision, W)
@@ -382,17 +388,15 @@ class Captioner(nn.Module):
         for step in range(min(max_new_tokens, self.room)):
             log_p = self.decoder.logits(h).float().log_softmax(-1).view(B, W, -1)
             V = log_p.size(2)
-            log_p = log_p.masked_fill(done[:, :, None], -math.inf)
-            # a finished beam can only be followed by <|endoftext|>, for free
-            log_p[:, :, self.eot] = torch.where(done, 0.0, log_p[:, :, self.eot])
+            log_p[done] = -math.inf  # a finished beam is followed by <|endoftext|>, for free
+            log_p[:, :, self.eot][done] = 0.0
             sums = total[:, :, None] + log_p
-            lengths = length + ~done
+            lengths = (tokens != self.eot).sum(2) + 1  # with the next token, or the end
             worth = sums / lengths[:, :, None] ** length_penalty
             best = worth.view(B, -1).topk(W).indices  # (B, W), the best first
             parent = best // V
             token = best % V
             total = sums.view(B, -1).gather(1, best)
-            length = lengths.gather(1, parent)
             tokens = tokens.gather(1, parent[:, :, None].expand_as(tokens))
             tokens = torch.cat([tokens, token[:, :, None]], dim=2)
             done = done.gather(1, parent) | (token == self.eot)
@@ -411,8 +415,6 @@ class Captioner(nn.Module):
 # -----------------------------------------------------------------------------
 # 4. Training a bridge
 
-LONGEST = 100  # tokens of a caption; val2017 has 57 at most, and one endless one would fill memory
-
 
 @dataclass
 class PictureSet:
@@ -430,23 +432,9 @@ class PictureSet:
         """Vision tokens (B, S, D) of the chosen pictures, by default of all."""
         return torch.from_numpy(self.features[self.rows[chosen]].astype(np.float32))
 
-    def subset(self, chosen):
-        pictures = [self.pictures[i] for i in chosen]
-        captions = [self.captions[i] for i in chosen]
-        return PictureSet(pictures, captions, self.features, self.rows[np.array(chosen, int)])
-
     def shuffled(self):
         """Each picture with the vision tokens of the one before it."""
         return replace(self, rows=np.roll(self.rows, 1))
-
-    def blind(self):
-        """The same captions with vision tokens that are all 0."""
-        return replace(self, features=np.broadcast_to(np.float16(0), self.features.shape))
-
-
-def clean_caption(text):
-    """Blanks folded, lower-cased, no final full stop: the scorer drops all that anyway."""
-    return " ".join(text.split()).lower().removesuffix(".").rstrip()
 
 
 def get_micro_batches(train_set, captioner, recipe, seed, step):
@@ -465,30 +453,26 @@ def get_micro_batches(train_set, captioner, recipe, seed, step):
     return batches
 
 
-def train(name, setup, args, blind=False):
+def train(name, setup, args):
     """Train a bridge, or go on with its run, until the last step; returns the run's folder."""
     device = pick_device()
-    train_set = load_pictures(setup, "train", args)
-    val_set, _ = split_unseen(load_pictures(setup, "val", args))
-    if blind:
-        train_set = train_set.blind()
-        val_set = val_set.blind()
+    train_set = load_pictures(setup, "train")
+    val_set = load_pictures(setup, "val")
     torch.manual_seed(args.seed)
     captioner = build(name, *train_set.features.shape[1:], setup.decoder).to(device)
     if args.scst:  # continues from the bridge that was trained with cross-entropy
-        captioner = trained_bridge(run_folder(name, args), setup, args)
+        captioner = load_captioner(run_folder(name, args) / "best.pt", setup, args)
     recipe = choose_recipe(name, setup, len(train_set), args)
     optimizer = train_gpt2.configure_optimizer(captioner.bridge, recipe)
     identity = run_identity(name, captioner, setup, train_set, recipe, args)
-    out = run_folder(name, args, blind, args.scst)
-    run = Run(out, identity, recipe, "captions", args.restart)
+    out = run_folder(name, args, args.scst)
+    run = Run(out, identity, recipe, "pictures", args.restart)
     run.resume(captioner.bridge, optimizer)
     if run.step >= recipe.max_steps:
         return out
     parameters = sum(p.numel() for p in captioner.bridge.parameters())
     print(f"bridge     {out}: {parameters:,} trainable parameters", flush=True)
     parallel = train_gpt2.parallelize(captioner, device, compile=False)
-    captions_a_step = recipe.batch_size * sum(map(len, train_set.captions)) / len(train_set)
     if args.scst:
         batches = sampled_batches(train_set, captioner, setup.tokenizer, recipe, run.step, args)
     else:
@@ -506,7 +490,7 @@ def train(name, setup, args, blind=False):
             is_eval_step = run.step % recipe.eval_every == 0 or run.step == recipe.max_steps
             row = {}
             if run.step % recipe.log_every == 0 or run.step == 1 or is_eval_step or stop:
-                row = run.progress(loss, lr, norm, captions_a_step)
+                row = run.progress(loss, lr, norm, recipe.batch_size)
             if is_eval_step:
                 row |= keep_best(captioner, val_set, run, setup.tokenizer if args.scst else None)
             run.log(row)
@@ -531,12 +515,10 @@ def keep_best(captioner, val_set, run, tokenizer=None):
         row["cider"] = scores["corpus"]["CIDEr"]
         print(f"           CIDEr-D of greedy captions {row['cider']:.4f}", flush=True)
         score = -row["cider"]
-    if score < run.best:
+    if score < run.best and rank() == 0:
         run.best = score
-        if rank() == 0:
-            content = {"run": run.identity, "step": run.step}
-            content["model"] = captioner.bridge.state_dict()
-            train_gpt2.save_checkpoint(run.out / "best.pt", content, keep=False)
+        content = {"run": run.identity, "bridge": captioner.bridge.state_dict()}
+        train_gpt2.save_checkpoint(run.out / "best.pt", content, keep=False)
     return row
 
 
@@ -591,7 +573,9 @@ def sampled_batches(train_set, captioner, tokenizer, recipe, first_step, args):
                     words += [END] * ids.count(captioner.eot)
                     rewards.append(cider.score(references[picture], words))
                 groups.append(samples + train_set.captions[picture][:SAMPLES])
-            advantages = beyond_the_others(torch.tensor(rewards).view(-1, SAMPLES))
+            rewards = torch.tensor(rewards).view(-1, SAMPLES)  # (B, K)
+            baselines = (rewards.sum(1, keepdim=True) - rewards) / (SAMPLES - 1)
+            advantages = rewards - baselines
             weights = torch.cat([advantages, torch.full_like(advantages, ANCHOR)], dim=1) / SAMPLES
             batches.append((vision, captioner.pack(groups), weights, len(part) / len(chosen)))
         yield step, batches
@@ -605,12 +589,6 @@ def draw_samples(captioner, vision, generator):
     eot = captioner.eot
     rows = [row[: row.index(eot) + 1] if eot in row else row for row in rows]
     return [rows[i : i + SAMPLES] for i in range(0, len(rows), SAMPLES)]
-
-
-def beyond_the_others(rewards):
-    """Each reward (B, K) minus the mean of the others of its picture."""
-    others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.size(1) - 1)
-    return rewards - others
 
 
 # -----------------------------------------------------------------------------
@@ -633,10 +611,7 @@ def caption_loss(captioner, pictures, device, batch=50):
 
 
 def write_captions(captioner, vision, tokenizer, prompts=None, beams=1, **options):
-    """A caption for each picture of vision (B, S, D); options of Captioner.generate().
-
-    prompts: (B, n) token ids with which the captions begin.
-    """
+    """A caption for each picture of vision (B, S, D); prompts and options: generate()'s."""
     device = pick_device()
     rows = []
     batch = max(1, 250 // beams)
@@ -653,20 +628,16 @@ def write_captions(captioner, vision, tokenizer, prompts=None, beams=1, **option
 
 
 def ask_facts(pictures, tokenizer, answer):
-    """How often a fact is right in a caption whose beginning asks for it: {fact: share}.
-
-    answer: takes the beginnings, token ids (B, n), and gives the whole captions.
-    """
+    """{fact: how often it is right} when answer() completes beginnings (B, n) that ask for it."""
     rng = random.Random(0)
     asked = [coco_eval.questions(picture["scene"], rng) for picture in pictures]
     shares = {}
     for fact in coco_eval.FACTS:
         prompts = [tokenizer.encode_ordinary(question[fact]) for question in asked]
         texts = answer(torch.tensor(prompts))
-        correct = 0
-        for text, picture in zip(texts, pictures, strict=True):
-            correct += coco_eval.facts(text, picture["scene"])[fact] is True
-        shares[fact] = correct / max(len(pictures), 1)
+        pairs = zip(texts, pictures, strict=True)
+        correct = [coco_eval.facts(text, p["scene"])[fact] is True for text, p in pairs]
+        shares[fact] = sum(correct) / len(correct)
     return shares
 
 
@@ -687,24 +658,6 @@ def map_facts(setup, pictures):
     return ask_facts(pictures, tokenizer, answer)
 
 
-def true_captions(texts, pictures):
-    """The share of captions in which each fact that is stated is true."""
-    wrong = 0
-    for text, picture in zip(texts, pictures, strict=True):
-        wrong += False in coco_eval.facts(text, picture["scene"]).values()
-    return 1 - wrong / len(texts)
-
-
-def split_unseen(pictures):
-    """(PictureSet, another of toy pictures with a color and shape that training does not join)."""
-    unseen = []
-    for i, picture in enumerate(pictures.pictures):
-        if picture["scene"] and fineweb.has_held_out_pair(picture["scene"]["objects"]):
-            unseen.append(i)
-    seen = sorted(set(range(len(pictures))) - set(unseen))
-    return pictures.subset(seen), pictures.subset(unseen)
-
-
 def score_captions(captioner, pictures, tokenizer, beams=1):
     """(what coco_eval.evaluate() gives, the captions) of a PictureSet."""
     texts = write_captions(captioner, pictures.vision(), tokenizer, beams=beams)
@@ -721,7 +674,7 @@ def evaluate(out, setup, args, beam=None):
     device = pick_device()
     tokenizer = setup.tokenizer
     captioner = load_captioner(Path(out) / "best.pt", setup, args)
-    seen, unseen = split_unseen(load_pictures(setup, "val", args))
+    seen = load_pictures(setup, "val")
     decoding = f"beam {beam}" if beam else "greedy"
     scores, texts = score_captions(captioner, seen, tokenizer, beam or 1)
     row = {"parameters": sum(p.numel() for p in captioner.bridge.parameters())}
@@ -729,8 +682,11 @@ def evaluate(out, setup, args, beam=None):
     row["nats per caption"] = caption_loss(captioner, seen, device)[1]
     row["shuffled"] = caption_loss(captioner, seen.shuffled(), device)[1]
     lines = []
-    if len(unseen):  # the toy pictures, whose scenes are known
-        row["captions true"] = true_captions(texts, seen.pictures)
+    if seen.pictures[0]["scene"]:  # the toy pictures, whose scenes are known
+        unseen = load_pictures(setup, "unseen")
+        pairs = zip(texts, seen.pictures, strict=True)
+        wrong = [False in coco_eval.facts(text, p["scene"]).values() for text, p in pairs]
+        row["captions true"] = 1 - sum(wrong) / len(wrong)
         groups = {"": seen, ", unseen pairs": unseen, ", shuffled": seen.shuffled()}
         for kind, group in groups.items():
             parts = (captioner, group.vision(), tokenizer)
@@ -756,24 +712,22 @@ def write_scores(out, pictures, texts, scores, suffix):
         with fineweb.atomic_write(out / f"{name}{suffix}.json", "w") as file:
             json.dump(content, file)
     chosen = range(0, len(pictures), max(len(pictures) // 9, 1))[:9]
-    images = [coco_eval.load_image(pictures[i]["path"]) for i in chosen]
-    draw_grid(out / f"grid{suffix}.png", images, [texts[i] for i in chosen])
+    draw_grid(out / f"grid{suffix}.png", {pictures[i]["path"]: texts[i] for i in chosen})
 
 
-def draw_grid(path, images, captions, columns=3, size=256):
-    """Pictures with their captions below them, three in a row, as one PNG."""
+def draw_grid(path, captions, size=256):
+    """{path of a picture: its caption} as one PNG: captions below pictures, three in a row."""
     font = ImageFont.load_default(17)
     gap = 24
     below = 96  # for the caption
-    height = math.ceil(len(images) / columns) * (size + below) + gap
-    sheet = Image.new("RGB", (columns * (size + gap) + gap, height), "white")
+    height = math.ceil(len(captions) / 3) * (size + below) + gap
+    sheet = Image.new("RGB", (3 * (size + gap) + gap, height), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        x = gap + i % columns * (size + gap)
-        y = gap + i // columns * (size + below)
-        scale = size / max(image.size)
-        small = image.resize([max(1, round(side * scale)) for side in image.size], Image.LANCZOS)
-        sheet.paste(small, (x + (size - small.width) // 2, y + (size - small.height) // 2))
+    for i, (picture, caption) in enumerate(captions.items()):
+        x = gap + i % 3 * (size + gap)
+        y = gap + i // 3 * (size + below)
+        image = coco_eval.load_image(picture)
+        sheet.paste(ImageOps.pad(image, (size, size), color="white"), (x, y))
         lines = textwrap.wrap(caption, 31)[:4]
         draw.multiline_text((x, y + size + 6), "\n".join(lines), "#111827", font)
     with fineweb.atomic_write(path) as file:
@@ -782,14 +736,12 @@ def draw_grid(path, images, captions, columns=3, size=256):
 
 def compare(args):
     """Train and score all bridges under one budget, with one seed or more: a table and a chart."""
-    first = args.seed
+    path = run_folder("compare", args) / "table.md"
     results = []
-    for seed in range(first, first + (args.seeds or 1)):
+    for seed in range(args.seed, args.seed + (args.seeds or 1)):
         args.seed = seed  # in the toy setup that of the decoder and of CLIP too
         results.append(compare_bridges(open_setup(args), args))
-    args.seed = first
     table = "\n".join(comparison(results))
-    path = run_folder("compare", args) / "table.md"
     if rank() == 0:
         with fineweb.atomic_write(path, "w") as file:
             file.write(table + "\n")
@@ -797,35 +749,24 @@ def compare(args):
 
 
 def compare_bridges(setup, args):
-    """{bridge: its numbers} for one seed, also of a blind bridge and of the map in words.
-
-    The blind bridge sees zeros: what it reaches needs no picture.
-    """
+    """{bridge: its numbers} for one seed, also of the map in words."""
     columns = {}
     curves = {}
     steps = set()
-    seen, _ = split_unseen(load_pictures(setup, "val", args))
-    for name in [*BRIDGES, "blind"]:
-        blind = name == "blind"
-        out = train("linear" if blind else name, setup, args, blind)
+    seen = load_pictures(setup, "val")
+    for name in BRIDGES:
+        out = train(name, setup, args)
         log = train_gpt2.read_log(out / "log.csv")
         curves[name] = train_gpt2.curve(log, "val_val")
         steps.add(log[-1]["step"])
-        if blind:
-            captioner = load_captioner(out / "best.pt", setup, args)
-            loss = caption_loss(captioner, seen.blind(), pick_device())[1]
-            columns["blind"] = {"nats per caption": loss}
-        else:
-            columns[name] = evaluate(out, setup, args) | {"seconds": log[-1]["seconds"]}
+        columns[name] = evaluate(out, setup, args) | {"seconds": log[-1]["seconds"]}
     if len(steps) > 1:
         raise UserError("the runs have different budgets: give --restart, or another --out")
     if setup.toy and setup.tokenizer.name == "tiny":
         columns["map in words"] = map_facts(setup, seen.pictures)
-    out = run_folder("compare", args)
-    out.mkdir(parents=True, exist_ok=True)
     if rank() == 0:
-        title = "validation loss, nats per token"
-        train_gpt2.draw_curves(out / "curves.png", {title: curves})
+        path = run_folder("compare", args) / "curves.png"
+        train_gpt2.draw_curves(path, {"validation loss, nats per token": curves})
     return columns
 
 
@@ -868,9 +809,6 @@ def find_pictures(names):
         if not inside:
             raise UserError(f"{name} has no pictures ({' '.join(KINDS)}): name another folder")
         paths += inside
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"{path} is not there: check the path")
     return paths
 
 
@@ -895,43 +833,35 @@ def sample(args):
         temperature = 0.8 if args.temperature is None else args.temperature
         generator = torch.Generator(pick_device()).manual_seed(sampling_seed)
         options = {"temperature": temperature, "top_p": args.top_p or 0.9, "generator": generator}
-    drawn = []  # (small picture, caption)
-    for begin in range(0, len(paths), CLIP_BATCH):
-        images = {}
-        for path in paths[begin : begin + CLIP_BATCH]:
-            try:
-                images[path] = coco_eval.load_image(path)
-            except UserError as error:
-                print(f"error: {error}", file=sys.stderr)
-        if not images:
+    captions = {}
+    for path in paths:
+        try:
+            image = coco_eval.load_image(path)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
             continue
-        batch = torch.stack([setup.encoder.preprocess(image) for image in images.values()])
-        vision = pool_tokens(setup.encoder(batch))
-        caption = functools.partial(write_captions, captioner, vision, setup.tokenizer, **options)
-        draws = [caption() for _ in range(args.num or 1)]
-        for i, (path, image) in enumerate(images.items()):
-            for texts in draws:
-                print(f"{path}: {texts[i]}", flush=True)
-            image.thumbnail((256, 256))
-            drawn.append((image if args.grid else None, draws[0][i]))
-    if not drawn:
+        tokens = setup.encoder(setup.encoder.preprocess(image)[None])  # (1, 1 + n * n, D)
+        vision = pool_tokens(tokens).expand(args.num or 1, -1, -1)  # (captions, S, D)
+        texts = write_captions(captioner, vision, setup.tokenizer, **options)
+        for text in texts:
+            print(f"{path}: {text}", flush=True)
+        captions[path] = texts[0]
+    if not captions:
         raise UserError("none of these pictures can be read: name others")
     if args.grid:
-        draw_grid(args.grid, *zip(*drawn, strict=True))
+        draw_grid(args.grid, captions)
         print(f"{args.grid} has the pictures with their captions")
 
 
 def load_captioner(path, setup, args):
     """The Captioner of a bridge's file; UserError if its decoder or CLIP was another."""
     run, tensors = read_bridge(path)
-    here = {"decoder": setup.decoder_name, "clip": setup.encoder.name}
-    flags = {"decoder": "--lm", "clip": "--clip", "bridge": "--bridge"}
-    if args.bridge:
-        here["bridge"] = args.bridge
-    for part, value in here.items():
-        if str(run.get(part)).split()[-1] != value.split()[-1]:  # of "name fingerprint" the latter
-            reason = f"{path} was trained for another {part}, {run.get(part)}, not {value}"
-            raise UserError(f"{reason}: name that with {flags[part]}, or use --restart")
+    here = {"lm": setup.decoder_name, "clip": setup.encoder.name}
+    here["bridge"] = args.bridge or run["bridge"]
+    for flag, value in here.items():
+        if run[flag].split()[-1] != value.split()[-1]:  # of "name fingerprint" the latter
+            reason = f"{path} was trained with --{flag} {run[flag]}, not {value}"
+            raise UserError(f"{reason}: name that one, or use --restart")
     captioner = build(run["bridge"], run["S"], run["D"], setup.decoder)
     captioner.bridge.load_state_dict(tensors)
     return captioner.eval().to(pick_device())
@@ -939,14 +869,10 @@ def load_captioner(path, setup, args):
 
 def read_bridge(path):
     """(what a bridge needs: decoder, CLIP ..., its tensors), from a checkpoint or an export."""
-    if not Path(path).exists():
-        raise UserError(f"{path} is not there: train first, or name another --ckpt")
     if Path(path).suffix != ".safetensors":
-        checkpoint = train_gpt2.read_checkpoint(path)
-        if "bridge" not in checkpoint["run"]:
-            raise UserError(f"{path} is not a bridge: name the best.pt of a run of caption.py")
-        return checkpoint["run"], checkpoint["model"]
-    with fineweb.reading(path, "a bridge that --export wrote", SafetensorError):
+        checkpoint = train_gpt2.read_checkpoint(path, holds="bridge")
+        return checkpoint["run"], checkpoint["bridge"]
+    with fineweb.reading(path, "a bridge that --export wrote", SafetensorError, FileNotFoundError):
         with safe_open(path, "pt") as file:
             return json.loads(file.metadata()["run"]), {k: file.get_tensor(k) for k in file.keys()}
 
@@ -966,7 +892,7 @@ def export(args):
 CLIP_BATCH = 64
 
 
-def load_pictures(setup, split, args):
+def load_pictures(setup, split):
     """The PictureSet of a split, without the pictures that cannot be read."""
     pictures = coco_eval.read_dataset(setup.data, split)
     with train_gpt2.rank_zero_first():
@@ -977,9 +903,11 @@ def load_pictures(setup, split, args):
     pictures = [pictures[i] for i in rows]
     captions = []
     for picture in pictures:
-        texts = map(clean_caption, picture["captions"])
-        rows_of_ids = [setup.tokenizer.encode_ordinary(text)[:LONGEST] for text in texts]
-        captions.append([[*ids, setup.tokenizer.eot_token] for ids in rows_of_ids])
+        group = []
+        for text in picture["captions"]:  # the scorer ignores case and the full stop, too
+            text = " ".join(text.split()).lower().removesuffix(".").rstrip()
+            group.append([*setup.tokenizer.encode_ordinary(text), setup.tokenizer.eot_token])
+        captions.append(group)
     return PictureSet(pictures, captions, features, rows)
 
 
@@ -1014,7 +942,6 @@ def cached_features(encoder, pictures, name):
                 options |= {"desc": "vision tokens", "unit": " pictures", "disable": None}
                 for _, batch in tqdm(loader, **options):
                     tokens = pool_tokens(encoder(batch)).cpu().numpy().astype(np.float16)
-                    tokens[batch[:, 0, 0, 0].isnan().numpy()] = np.nan
                     file.write(tokens.tobytes())
     return np.memmap(path, np.float16, "r", shape=shape)
 
@@ -1110,26 +1037,19 @@ def load_clip(which):
         checkpoint = train_gpt2.read_checkpoint(which, holds="clip")
         model = open_clip.CLIP(**checkpoint["clip"])
         model.load_state_dict(checkpoint["model"])
-        size = checkpoint["clip"]["vision_cfg"]["image_size"]
-        preprocess = open_clip.image_transform(size, is_train=False)
+        preprocess = open_clip.image_transform(model.visual.image_size, is_train=False)
         return ImageEncoder(model.visual, preprocess, f"toy {fingerprint(model.visual)}")
     name, _, tag = str(which).partition("/")
-    if name not in open_clip.list_models() or not tag:
-        example = "a name and tag such as ViT-L-14-quickgelu/openai"
-        raise UserError(f"--clip {which} is neither a checkpoint that is there nor {example}")
-    if tag == "openai" and f"{name}-quickgelu" in open_clip.list_models():
-        reason = "OpenAI trained with another activation (QuickGELU)"
-        raise UserError(f"--clip {which}: {reason}: use {name}-quickgelu/openai")
+    tag = tag or "openai"  # without a tag open_clip takes random weights
+    options = {"pretrained": tag, "force_quick_gelu": tag == "openai"}  # OpenAI's activation
     try:
-        model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=tag)
+        model, _, preprocess = open_clip.create_model_and_transforms(name, **options)
+        identity = f"{name}/{Path(tag).name} {fingerprint(model.visual)}"
+        return ImageEncoder(model.visual, preprocess, identity)
     except Exception as error:  # the hub's client and torch.load raise many kinds
         reason = (str(error) or type(error).__name__).splitlines()[0][:90]
-        what_to_do = f"give its weights as a file, --clip {name}/FILE.safetensors"
-        raise UserError(f"CLIP {which} cannot be loaded ({reason}): {what_to_do}") from None
-    if not hasattr(getattr(model.visual, "transformer", None), "resblocks"):
-        raise UserError(f"--clip {which} is no vision transformer: use ViT-L-14-quickgelu/openai")
-    identity = f"{name}/{Path(tag).name} {fingerprint(model.visual)}"
-    return ImageEncoder(model.visual, preprocess, identity)
+        what_to_do = "name a vision transformer's NAME/TAG, ViT-L-14-quickgelu/openai, or NAME/FILE"
+        raise UserError(f"--clip {which} cannot be loaded ({reason}): {what_to_do}") from None
 
 
 def train_clip(data, path, seed=0):
@@ -1156,8 +1076,7 @@ def train_clip(data, path, seed=0):
     recipe = Recipe(500, 64, 64, 1.5e-3, 50, muon=13, weight_decay=0.05)
     optimizer = train_gpt2.configure_optimizer(model, recipe)
     contrastive_loss = open_clip.ClipLoss()
-    bar = tqdm(range(recipe.max_steps), desc="toy CLIP", disable=None)
-    for step in bar:
+    for step in tqdm(range(recipe.max_steps), desc="toy CLIP", disable=None):
         train_gpt2.set_lr(optimizer, get_lr(step, recipe))
         chosen = similar_pictures(colors, seed, step, recipe.batch_size)
         x = images[chosen]  # (B, 3, H, W)
@@ -1174,8 +1093,6 @@ def train_clip(data, path, seed=0):
         optimizer.zero_grad()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
-        if step % 50 == 49:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
     train_gpt2.save_checkpoint(path, {"clip": TOY_CLIP, "model": model.state_dict()})
 
 
@@ -1190,23 +1107,22 @@ def similar_pictures(colors, seed, step, batch_size, group=8):
     return order[step % steps * batch_size :][:batch_size]
 
 
-def clip_texts(captions, length=32):
+def clip_texts(captions):
     """Token ids (B, 32) for CLIP, which reads a text at its largest id: <|endoftext|>."""
     tokenizer = fineweb.get_tokenizer("tiny")
-    texts = torch.zeros(len(captions), length, dtype=torch.long)
-    for row, caption in zip(texts, captions, strict=True):
-        tokens = [tokenizer.eot_token - 1, *tokenizer.encode_ordinary(" ".join(caption))]
-        tokens = tokens[: length - 1]
-        row[: len(tokens) + 1] = torch.tensor([*tokens, tokenizer.eot_token])
-    return texts
+    rows = []
+    for words in captions:  # 21 at most
+        tokens = [tokenizer.eot_token - 1, *tokenizer.encode_ordinary(" ".join(words))]
+        rows.append([*tokens, tokenizer.eot_token] + [0] * (31 - len(tokens)))
+    return torch.tensor(rows)
 
 
 # -----------------------------------------------------------------------------
 # Appendix C: the recipe and the folder of a run
 
 # the highest learning rate, and Muon's as a multiple of it (0: AdamW alone)
-TOY_RATES = {"linear": (1e-2, 4), "cross": (2e-3, 5), "qformer": (2e-3, 5)}
-FULL_RATES = {"linear": (2e-3, 0), "cross": (4e-4, 0), "qformer": (4e-4, 0)}
+TOY_RATES = {"linear": (1e-2, 4), "cross": (2e-3, 5), "qformer": (2e-3, 5), "blind": (1e-2, 4)}
+FULL_RATES = {"linear": (2e-3, 0), "cross": (4e-4, 0), "qformer": (4e-4, 0), "blind": (2e-3, 0)}
 
 
 def choose_recipe(name, setup, pictures, args):
@@ -1228,28 +1144,21 @@ def choose_recipe(name, setup, pictures, args):
     return recipe
 
 
-def trained_bridge(folder, setup, args):
-    """The Captioner of a run of cross-entropy that has come to its end."""
-    if not list(folder.glob("scores*.json")):
-        raise UserError(f"{folder} has no trained bridge: train it first, without --scst")
-    return load_captioner(folder / "best.pt", setup, args)
-
-
 def run_identity(name, captioner, setup, train_set, recipe, args):
     """What has to stay the same when a run is continued, and what its bridge needs to be used."""
     S, D = train_set.features.shape[1:]
     captions = hashlib.sha256(json.dumps(train_set.captions).encode()).hexdigest()[:16]
     identity = {"toy": setup.toy, "bridge": name, "S": S, "D": D, "captions": captions}
-    identity |= {"decoder": setup.decoder_name, "clip": setup.encoder.name}
+    identity |= {"lm": setup.decoder_name, "clip": setup.encoder.name}
     if args.scst:  # samples depend on what is computed together
         parts = [recipe.micro_batch, train_gpt2.world_size()]
         identity |= {"base": fingerprint(captioner.bridge), "parts": parts}
     return identity | {"seed": args.seed, "batch_size": recipe.batch_size}
 
 
-def run_folder(name, args, blind=False, scst=False):
+def run_folder(name, args, scst=False):
     """--out, or runs/<setup>-<bridge>; under --compare each bridge has a folder in --out."""
-    folder = (f"{name}-blind" if blind else name) + seed_suffix(args)
+    folder = name + seed_suffix(args)
     setup = "toy" if is_toy(args) else Path(args.data or "data/coco").resolve().name
     out = Path(args.out or f"runs/{setup}-{folder}")
     if args.compare and args.out:

@@ -28,7 +28,6 @@ import html
 import json
 import math
 import random
-import warnings
 import zipfile
 from collections import Counter
 from functools import lru_cache
@@ -168,14 +167,11 @@ def rouge_l(references, candidates):
 
 def rouge_l_picture(references, candidate):
     """The F of one picture."""
-    precision = 0.0
-    recall = 0.0
-    for reference in references:
-        common = common_subsequence(reference, candidate)
-        precision = max(precision, common / max(len(candidate), 1))
-        recall = max(recall, common / max(len(reference), 1))
-    if not precision:
+    common = [common_subsequence(reference, candidate) for reference in references]
+    if not any(common):
         return 0.0
+    precision = max(common) / len(candidate)
+    recall = max(lcs / max(len(r), 1) for lcs, r in zip(common, references, strict=True))
     return (1 + 1.2**2) * precision * recall / (recall + 1.2**2 * precision)
 
 
@@ -260,7 +256,6 @@ def cider(references, candidates):
 # -----------------------------------------------------------------------------
 # METEOR
 
-METEOR_NAME = "METEOR (exact + stem)"
 ALPHA = 0.85  # these four were tuned to human rankings of translations (Denkowski & Lavie 2014)
 BETA = 0.20
 GAMMA = 0.60
@@ -363,7 +358,7 @@ def align(reference, candidate, beam=40):
     for j, word in enumerate(reference):
         places.setdefault(stem(word), []).append(j)
     left = Counter(map(stem, candidate))
-    states = {(0, None): (0, 0, ())}  # (in use, last): (chunks, crossing, pairs)
+    states = {(0, -2): (0, 0, ())}  # (in use, last, -2 if none): (chunks, crossing, pairs)
     for i, word in enumerate(candidate):
         left[stem(word)] -= 1
         extended = {}
@@ -371,15 +366,14 @@ def align(reference, candidate, beam=40):
             free = [j for j in places.get(stem(word), ()) if not used >> j & 1]
             ways = []
             if left[stem(word)] >= len(free):  # enough of this word follow: it may stay alone
-                ways.append(((used, None), (chunks, crossing, pairs)))
-            free.sort(key=lambda j: (last is None or j != last + 1, abs(i - j)))
+                ways.append(((used, -2), (chunks, crossing, pairs)))
+            free.sort(key=lambda j: (j != last + 1, abs(i - j)))
             for j in free[:8]:  # the one after the last, and those nearest to i
-                breaks = last is None or j != last + 1
+                breaks = j != last + 1
                 way = (chunks + breaks, crossing + abs(i - j), (*pairs, (i, j)))
                 ways.append(((used | 1 << j, j), way))
             for state, way in ways:
-                if state not in extended or way < extended[state]:
-                    extended[state] = way
+                extended[state] = min(way, extended.get(state, way))
         states = extended
         if len(states) > beam:
             order = sorted(states.items(), key=lambda item: (-len(item[1][2]), item[1]))
@@ -387,32 +381,28 @@ def align(reference, candidate, beam=40):
     return list(min(states.values())[2])
 
 
-ENDINGS = [
-    (regex.compile(pattern), rest)
-    for pattern, rest in (
-        (r"^skies$", "sky"),
-        (r"'s?$", ""),  # dog's
-        (r"(ss|i)es$", r"\1"),  # glasses
-        (r"(..[^su])s$", r"\1"),  # cats
-        (r"([aeiouy].*)(ing|ed|ingly|edly)$", r"\1+"),  # + marks what the next three mend:
-        (r"([bdfgmnprt])\1\+$", r"\1"),  # sitting
-        (r"(at|bl|iz|^[^aeiouy]*[aeiouy][^aeiouywx])\+$", r"\1e"),  # riding
-        (r"\+$", ""),  # parked
-        (r"([^aeiouy])(?<!^sk)y$", r"\1i"),
-        (r"([aeiouy].*)ly$", r"\1"),
-        (r"(......)(er|al|ic|or|ment)$", r"\1"),
-        (r"^(?![^aeiouy]*[aeiouy][^aeiouywx]e$)(.*[aeiouy].+)e$", r"\1"),
-        (r"ll$", "l"),
-    )
-]
+ENDINGS = (
+    (r"^skies$", "sky"),
+    (r"'s?$", ""),  # dog's
+    (r"(ss|i)es$", r"\1"),  # glasses
+    (r"(..[^su])s$", r"\1"),  # cats
+    (r"([aeiouy].*)(ing|ed|ingly|edly)$", r"\1+"),  # + marks what the next three mend:
+    (r"([bdfgmnprt])\1\+$", r"\1"),  # sitting
+    (r"(at|bl|iz|^[^aeiouy]*[aeiouy][^aeiouywx])\+$", r"\1e"),  # riding
+    (r"\+$", ""),  # parked
+    (r"([^aeiouy])(?<!^sk)y$", r"\1i"),
+    (r"([aeiouy].*)ly$", r"\1"),
+    (r"(......)(er|al|ic|or|ment)$", r"\1"),
+    (r"^(?![^aeiouy]*[aeiouy][^aeiouywx]e$)(.*[aeiouy].+)e$", r"\1"),
+    (r"ll$", "l"),
+)
 
 
 @lru_cache(maxsize=100_000)
 def stem(word):
-    """A word without its ending, mostly as Porter's second stemmer leaves it: cats, riding, cities
-    give cat, ride, citi."""
+    """A word without its ending, mostly as Porter's second stemmer has it: cities gives citi."""
     for ending, rest in ENDINGS:
-        word = ending.sub(rest, word)
+        word = regex.sub(ending, rest, word)
     return word
 
 
@@ -430,14 +420,12 @@ def score_tokens(references, candidates):
     """Score captions that are token lists already. Pictures without a candidate are left out.
 
     Returns {"corpus": {"CIDEr", "METEOR", "BLEU-1", ..., "BLEU-4", "ROUGE-L"}, "per_image": {id:
-    {the same}}}. 7 and "7" are the same id. Raises UserError for a candidate without references,
-    two ids that differ in type only, or no candidate.
+    {the same}}}. 7 and "7" are the same id. Raises UserError for a candidate without references, or
+    no candidate.
     """
     known = {str(id): captions for id, captions in references.items()}
     if not candidates:
         raise UserError("there is no caption to score: name a result file that has some")
-    if len(known) < len(references) or len({str(id) for id in candidates}) < len(candidates):
-        raise UserError('two ids differ in type only (7 and "7"): keep one of them')
     for id in candidates:
         if not known.get(str(id)):
             raise UserError(f"picture {id} has no references: score it with its own annotations")
@@ -472,7 +460,7 @@ def read_references(path):
     with fineweb.reading(path, 'COCO\'s "annotations", each with an "image_id" and a "caption"'):
         for entry in json.loads(Path(path).read_bytes())["annotations"]:
             id, caption = checked(entry, "image_id", "caption")
-            references.setdefault(id, []).append(caption)
+            references.setdefault(str(id), []).append(caption)
     return references
 
 
@@ -482,9 +470,9 @@ def read_results(path):
     with fineweb.reading(path, 'a list of results, each with an "image_id" and a "caption"'):
         for entry in json.loads(Path(path).read_bytes()):
             id, caption = checked(entry, "image_id", "caption")
-            if id in results:
+            if str(id) in results:
                 raise UserError(f"{path} has two captions for picture {id}: keep one")
-            results[id] = caption
+            results[str(id)] = caption
     return results
 
 
@@ -499,7 +487,6 @@ def read_dataset(folder, split):
     dataset = {}
     with fineweb.reading(path, "COCO annotations of images with id and file_name"):
         content = json.loads(path.read_bytes())
-        toy = content.get("generator") == TOY_GENERATOR
         for entry in content["images"]:
             id, name = checked(entry, "id", "file_name")
             if str(id) in dataset:
@@ -507,7 +494,7 @@ def read_dataset(folder, split):
             inner = PureWindowsPath(name)  # which knows both kinds of slashes, and C:
             if inner.anchor or ".." in inner.parts:
                 raise UserError(f"{path}: {name!r} leads out of the folder: do not trust this file")
-            scene = entry["scene"] if toy else None
+            scene = entry.get("toy_scene")
             dataset[str(id)] = {"id": id, "path": pictures / name, "captions": [], "scene": scene}
         for entry in content["annotations"]:
             id, caption = checked(entry, "image_id", "caption")
@@ -518,8 +505,7 @@ def read_dataset(folder, split):
     if len(captioned) < (2 if shared else 1):
         raise UserError(f"{path} has too few captions: two pictures with captions are needed")
     if shared:
-        last = min(9, len(captioned) - 1)  # of each ten, or of all that there are
-        captioned = [p for i, p in enumerate(captioned) if (i % 10 == last) == (split == "val")]
+        captioned = [p for i, p in enumerate(captioned) if (i % 10 == 0) == (split == "val")]
     return captioned
 
 
@@ -542,18 +528,16 @@ def load_image(path):
     Raises UserError when it cannot be decoded to its end or has more than 179 million pixels.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata; what is broken raises
-            with Image.open(path) as image:
-                image.load()  # all of it first: getexif() would hide a broken end
-                image = ImageOps.exif_transpose(image)
-                if image.mode[0] in "IF":
-                    image = to_eight_bits(image)
-                if image.has_transparency_data:
-                    image = image.convert("RGBA")
-                    white = Image.new("RGBA", image.size, "white")
-                    image = Image.alpha_composite(white, image)
-                return image.convert("RGB")
+        with Image.open(path) as image:
+            image.load()  # all of it first: getexif() would hide a broken end
+            image = ImageOps.exif_transpose(image)
+            if image.mode[0] in "IF":
+                image = to_eight_bits(image)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
+            return image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{path} is not there: check the path") from None
     except Exception as error:  # decoders raise whatever they like on broken data
@@ -574,10 +558,10 @@ def to_eight_bits(image):
 # five captions
 
 HOST = "https://s3.amazonaws.com/images.cocodataset.org"  # the site's own certificate is wrong
-ARCHIVES = (  # the folder that is in it, its bytes, its MD5
-    ("annotations", 252_907_541, "f4bbac642086de4f52a3fdda2de5fa2c"),
-    ("val2017", 815_585_330, "442b8da7639aecaf257c1dceb8ba8c80"),
-    ("train2017", 19_336_861_798, "cced6f7f71b7629ddf16f17bbcfab6b2"),
+ARCHIVES = (  # each has one folder; its bytes, its MD5
+    ("annotations/annotations_trainval2017.zip", 252_907_541, "f4bbac642086de4f52a3fdda2de5fa2c"),
+    ("zips/val2017.zip", 815_585_330, "442b8da7639aecaf257c1dceb8ba8c80"),
+    ("zips/train2017.zip", 19_336_861_798, "cced6f7f71b7629ddf16f17bbcfab6b2"),
 )
 
 
@@ -588,12 +572,10 @@ def download_coco(folder, val_only=False):
     disk for a while, 20 GB in the end. val_only: the annotations and 5,000 pictures, 1.1 GB.
     """
     folder = Path(folder)
-    for name, size, digest in ARCHIVES[:2] if val_only else ARCHIVES:
+    for address, size, digest in ARCHIVES[:2] if val_only else ARCHIVES:
+        archive = folder / Path(address).name
+        name = archive.stem.removesuffix("_trainval2017")
         if not (folder / name).exists():
-            address = f"zips/{name}.zip"
-            if name == "annotations":
-                address = "annotations/annotations_trainval2017.zip"
-            archive = folder / Path(address).name
             done = sum(file.stat().st_size for file in folder.glob(f"{archive.name}*"))
             fineweb.require_space(folder, 2 * size - done)  # an archive, and what is in it
             unpack(fineweb.download(f"{HOST}/{address}", archive, size, digest), folder, name)
@@ -619,7 +601,6 @@ def unpack(archive, folder, name):
 # The toy pictures: fineweb.py makes scenes of colored shapes and describes them; here they are
 # drawn
 
-TOY_GENERATOR = "coco_eval.py --make-shapes"
 TRAIN_IMAGES = 6_000
 VAL_IMAGES = 500
 HELD_OUT_IMAGES = 250  # more for validation, with pairs of color and shape that training has not
@@ -657,27 +638,26 @@ def draw_shape(draw, shape, x, y, r, paint):
 
 
 def make_shapes(folder, images=TRAIN_IMAGES):
-    """Draw train/ and val/ with annotations/captions_{train,val}.json, scenes in their entries.
+    """Draw train/, val/ and unseen/ with annotations/captions_*.json, scenes in their entries.
 
-    The last third of val/ has pairs of color and shape that no picture of train/ has. The files are
-    the same each time. The folder appears when it is whole; UserError when it is not empty.
+    unseen/ has pairs of color and shape that train/ has not. The files are the same each time. The
+    folder appears when it is whole; UserError when it is not empty.
     """
-    splits = {"train": [False] * images, "val": [False] * VAL_IMAGES + [True] * HELD_OUT_IMAGES}
+    splits = {"train": images, "val": VAL_IMAGES, "unseen": HELD_OUT_IMAGES}
     with fineweb.new_folder(folder) as building:
-        (building / "annotations").mkdir()
-        for split, kinds in splits.items():
+        for split, count in splits.items():
             (building / split).mkdir()
             rng = random.Random(f"0 {split}")  # the same scenes each time
             entries = []
             annotations = []
-            for id, held_out in enumerate(kinds, 1):
-                scene = fineweb.random_scene(rng, held_out)
+            for id in range(1, count + 1):
+                scene = fineweb.random_scene(rng, held_out=split == "unseen")
                 name = f"{id:06d}.png"
                 draw_scene(scene, rng).save(building / split / name, compress_level=1)
-                entries.append({"id": id, "file_name": name, "scene": scene})
+                entries.append({"id": id, "file_name": name, "toy_scene": scene})
                 for caption in fineweb.captions(scene, rng):
                     annotations.append({"image_id": id, "caption": caption})
-            content = {"generator": TOY_GENERATOR, "images": entries, "annotations": annotations}
+            content = {"images": entries, "annotations": annotations}
             with fineweb.atomic_write(building / f"annotations/captions_{split}.json", "w") as file:
                 json.dump(content, file)
 
@@ -688,14 +668,14 @@ FACTS = ("count", "objects", "place", "relation")
 THING = rf"({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
 SIZED_THING = regex.compile(rf"{THING}(?: is ({'|'.join(SIZES)}))?")
 COUNT = regex.compile(rf"\b({'|'.join(NUMBERS.values())}) objects")
-PLACES = (
-    regex.compile(rf"the (?P<thing>{THING}) is at the (?P<place>\w+ \w+)"),
-    regex.compile(rf"at the (?P<place>\w+ \w+) there is a (?P<thing>{THING})"),
+PLACE = regex.compile(
+    rf"the (?P<thing>{THING}) is at the (?P<place>\w+ \w+)"
+    rf"|at the (?P<place>\w+ \w+) there is a (?P<thing>{THING})"
 )
 SIDE = "(?P<side>left|right|above|below)"
-RELATIONS = (
-    regex.compile(rf"a (?P<b>{THING}) with a (?P<a>{THING}) (?:to its )?{SIDE}"),
-    regex.compile(rf"a (?P<a>{THING}) is (?:to the )?{SIDE}(?: of)? a (?P<b>{THING})"),
+RELATION = regex.compile(
+    rf"a (?P<b>{THING}) with a (?P<a>{THING}) (?:to its )?{SIDE}"
+    rf"|a (?P<a>{THING}) is (?:to the )?{SIDE}(?: of)? a (?P<b>{THING})"
 )
 
 
@@ -714,18 +694,16 @@ def facts(caption, scene):
         thing = things.get(f"{color} {shape}")
         is_there = thing is not None and size in ("", thing["size"])
         stated["objects"] = is_there and stated["objects"] is not False
-    for pattern in PLACES:
-        match = pattern.search(caption)
-        if match:
-            thing = things.get(match["thing"])
-            stated["place"] = thing is not None and fineweb.place(thing) == match["place"]
-    for pattern in RELATIONS:
-        match = pattern.search(caption)
-        if match:
-            a = things.get(match["a"])
-            b = things.get(match["b"])
-            known = a is not None and b is not None
-            stated["relation"] = known and match["side"] in fineweb.relations(a, b)
+    match = PLACE.search(caption)
+    if match:
+        thing = things.get(match["thing"])
+        stated["place"] = thing is not None and fineweb.place(thing) == match["place"]
+    match = RELATION.search(caption)
+    if match:
+        a = things.get(match["a"])
+        b = things.get(match["b"])
+        known = a is not None and b is not None
+        stated["relation"] = known and match["side"] in fineweb.relations(a, b)
     return stated
 
 
@@ -744,7 +722,7 @@ def table(scores, of):
     lines = [f"{'':22} corpus    over pictures"]
     for metric, corpus in scores["corpus"].items():
         pictures = [picture[metric] for picture in scores["per_image"].values()]
-        label = METEOR_NAME if metric == "METEOR" else metric
+        label = "METEOR (exact + stem)" if metric == "METEOR" else metric
         spread = f"{np.mean(pictures):.4f} ± {np.std(pictures):.4f}"
         lines.append(f"{label:22} {corpus:.4f}    {spread}")
     return "\n".join([*lines, f"{len(scores['per_image']):,} of {of:,} pictures scored"])
