@@ -100,10 +100,7 @@ def write_shard(path, tokens):
 
 
 def read_shard(path):
-    """Memory-map the tokens of a shard (uint16).
-
-    Raises UserError when the file is not a shard, or is not as long as its header says.
-    """
+    """Memory-map the tokens of a shard (uint16); UserError if the file is not one, or not whole."""
     header = np.fromfile(path, dtype="<i4", count=256)
     if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION:
         raise UserError(f"{path} is not a shard of tokens: make one with fineweb.py")
@@ -207,11 +204,11 @@ def text_to_shards(paths, folder, val_fraction=0.01, shard_tokens=SHARD_TOKENS):
     Returns the numbers of tokens for training and validation. The folder appears when it is whole.
     """
     folder = Path(folder).resolve()
-    get_tokenizer("gpt2")  # fails here, before any work
+    tokenizer = get_tokenizer("gpt2")  # fails here, before any work
     with new_folder(folder) as building:
         raw = building / "tokens"  # before they are cut into shards
         with open(raw, "wb") as file:
-            for tokens in encode_all(read_documents(paths)):
+            for tokens in encode_all(read_documents(paths), tokenizer):
                 file.write(tokens.tobytes())
         count = raw.stat().st_size // 2
         val_count = round(count * val_fraction)
@@ -229,19 +226,15 @@ def text_to_shards(paths, folder, val_fraction=0.01, shard_tokens=SHARD_TOKENS):
     return border, val_count
 
 
-def encode_all(documents):
+def encode_all(documents, tokenizer):
     """Yield the tokens of each document, in order; a thousand documents are in memory at a time."""
+    encode = functools.partial(encode_document, tokenizer=tokenizer)
     ignore_ctrl_c = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
     with multiprocessing.Pool(**ignore_ctrl_c) as pool, tqdm(unit=" tokens", disable=None) as bar:
         while batch := list(itertools.islice(documents, 1000)):
-            for tokens in pool.imap(encode_for_gpt2, batch, math.ceil(len(batch) / 64)):
+            for tokens in pool.imap(encode, batch, math.ceil(len(batch) / 64)):
                 bar.update(len(tokens))
                 yield tokens
-
-
-def encode_for_gpt2(text):
-    """encode_document() in a worker process."""
-    return encode_document(text, get_tokenizer("gpt2"))
 
 
 # -----------------------------------------------------------------------------
@@ -316,15 +309,13 @@ def relations(a, b):
 
 
 def captions(scene, rng):
-    """Five captions of five kinds: count, two objects, a place, a relation, the sizes of all.
-
-    The size comes last: when it came before its object, the toy decoder got a third of them wrong.
-    """
+    """Five captions of five kinds: count, two objects, a place, a relation, the sizes of all."""
     objects = scene["objects"]
     number = NUMBERS[len(objects)]
     a, b = map(object_name, rng.sample(objects, 2))
     thing = rng.choice(objects)
     shuffled = rng.sample(objects, len(objects))
+    # the size comes last: before its object, the toy decoder got a third of them wrong
     things = [f"the {object_name(thing)} is {thing['size']}" for thing in shuffled]
     return [
         rng.choice((f"there are {number} objects", f"{number} objects in a picture")),
@@ -436,17 +427,14 @@ def main():
     parser = ArgumentParser(__doc__)
     parser.add_argument("--tokens", type=token_count, help="how much of FineWeb-Edu (default: 10B)")
     parser.add_argument("--text", nargs="+", metavar="FILE", help="tokenize these files instead")
-    parser.add_argument("--val-fraction", type=number(float, 0.001, 0.5),
-                        help="share of --text for validation (default: 0.01)")
     parser.add_argument("--out", help="new folder (FineWeb-Edu: data/fineweb_edu)")
     args = parser.parse_args()
     if args.text:
         parser.refuse(args, "--text", "--tokens")
         if not args.out:
             raise UserError("--text needs a new folder for its shards: give --out")
-        text_to_shards(args.text, args.out, args.val_fraction or 0.01)
+        text_to_shards(args.text, args.out)
     else:
-        parser.refuse(args, "FineWeb-Edu", "--val-fraction")
         fetch_fineweb(args.tokens or 10_000_000_000, args.out or "data/fineweb_edu")
 
 
@@ -494,8 +482,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def refuse(self, args, task, *flags):
         """UserError when one of `flags` was given, which would do nothing for `task`."""
         for action in self._actions:
-            value = getattr(args, action.dest, None)
-            given = value is not None and value is not False
+            given = getattr(args, action.dest, action.default) != action.default
             if given and set(action.option_strings) & set(flags):
                 flag = action.option_strings[0]
                 raise UserError(f"{flag} does nothing for {task}: leave one of them out")
@@ -533,10 +520,7 @@ def atomic_write(path, mode="wb", **options):
 
 @contextlib.contextmanager
 def new_folder(folder):
-    """Yield an empty folder beside `folder`, which takes that name when the body is done.
-
-    Raises UserError when `folder` is not empty, or when another process is making it.
-    """
+    """Yield an empty folder beside `folder`, which takes that name when the body is done."""
     folder = Path(folder).resolve()
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: remove it, or name another folder")
@@ -553,35 +537,26 @@ def new_folder(folder):
 
 @contextlib.contextmanager
 def lock(folder):
-    """Within this context no other process gets the lock of `folder` (Windows: nothing is locked).
-
-    The folder itself is locked, so nothing is left behind, however the process ends.
-    """
+    """Within this context no other process gets the lock of `folder`; it ends with the process."""
     try:
         import fcntl
-    except ImportError:
+    except ImportError:  # Windows: nothing is locked
         yield
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     except BlockingIOError:
-        os.close(handle)
         reason = f"another process is at work in {folder}"
         raise UserError(f"{reason}: wait, or choose another --out") from None
-    try:
-        yield
     finally:
         os.close(handle)
 
 
 @contextlib.contextmanager
 def reading(path, what, *errors, what_to_do="correct it, or get it again"):
-    """Reading a file: what goes wrong in the body is one UserError, `path` is not `what`.
-
-    The body takes for granted that the file is as it should be; what then fails becomes the reason.
-    errors: what else may fail there.
-    """
+    """Reading a file: what goes wrong in the body is one UserError, which says why."""
     mistakes = (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)
     try:
         yield

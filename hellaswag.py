@@ -128,16 +128,12 @@ def count_correct(items, losses):
     return int(by_sum), int(by_mean)
 
 
-def report(scores, method="token mean"):
-    """A line for {"acc", "acc_norm", "n", "skipped"}, measured as the head of this file says."""
+def report(acc, acc_norm, count, method):
+    """A line of results, with the names that the head of this file gives them."""
     prefix = "harness_" if method == "harness" else ""
-    norm = scores["acc_norm"]
-    error = math.sqrt(norm * (1 - norm) / max(scores["n"], 1))
-    line = f"HellaSwag  {method:10} {prefix}acc {scores['acc']:.4f}, {prefix}acc_norm {norm:.4f}"
-    line += f" ± {error:.4f} of {scores['n']:,} items"
-    if scores["skipped"]:
-        line += f"; {scores['skipped']:,} skipped: an ending is longer than the context"
-    return line
+    error = math.sqrt(acc_norm * (1 - acc_norm) / count)  # the standard error
+    scores = f"{prefix}acc {acc:.4f}, {prefix}acc_norm {acc_norm:.4f} ± {error:.4f}"
+    return f"HellaSwag  {method:10} {scores} of {count:,} items"
 
 
 def main():

@@ -132,10 +132,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention gathers from other positions, the MLP works on each position by itself.
-
-    Residual connections: both add to x, and read it through a LayerNorm (pre-norm).
-    """
+    """Attention gathers from other positions, the MLP works on each position by itself."""
 
     def __init__(self, config):
         super().__init__()
@@ -145,8 +142,8 @@ class Block(nn.Module):
         self.mlp = MLP(config.n_embd)
 
     def forward(self, x, mask=None, cache=None):
-        x = x + self.attn(self.ln_1(x), mask, cache)
-        x = x + self.mlp(self.ln_2(x))
+        x = x + self.attn(self.ln_1(x), mask, cache)  # residual connections: both add to x, and
+        x = x + self.mlp(self.ln_2(x))  # read it through a LayerNorm (pre-norm)
         return x
 
 
@@ -245,7 +242,7 @@ class KVCache:
 
 
 @torch.no_grad()
-def generate(model, idx, max_new_tokens, prefix=None, stop=None, before_block=None, **sampling):
+def generate(model, idx, max_new_tokens, prefix=None, stop=-1, before_block=None, **sampling):
     """Continue token ids (B, T) by up to max_new_tokens: (B, T + new). The plain form:
 
         for _ in range(max_new_tokens):
@@ -280,12 +277,11 @@ def generate(model, idx, max_new_tokens, prefix=None, stop=None, before_block=No
             x = model.embed(context[:, -1:], positions[-1:])  # (B, 1, C)
         h = model.hidden_states(x, cache=cache, before_block=before_block)
         token = sample_token(model.logits(h[:, -1]).float(), **sampling)  # (B,)
-        if stop is not None:
-            token = torch.where(running, token, stop)
-            running &= token != stop
+        token = torch.where(running, token, stop)
+        running &= token != stop
         idx = torch.cat([idx, token[:, None]], dim=1)
         context = torch.cat([context, token[:, None]], dim=1)
-        if stop is not None and not running.any():
+        if not running.any():
             break
     return idx
 
@@ -347,10 +343,7 @@ class TokenDataset:
         return math.ceil((len(self) - 1) / T)
 
     def get_batch(self, windows, T, n_vocab):
-        """Inputs and targets (B, T) of these windows, for next-token prediction.
-
-        Each target is the token after its input; after the end of the row targets are -100.
-        """
+        """Inputs (B, T) of these windows, and as targets the next tokens; -100 after the end."""
         x = torch.zeros(len(windows), T, dtype=torch.long)
         y = torch.full((len(windows), T), -100)
         for row, window in enumerate(windows):
@@ -389,7 +382,7 @@ def get_micro_batches(dataset, recipe, seed, config, step):
     targets = np.minimum(len(dataset) - 1 - windows * T, T).sum()  # T each, but for the last window
     mine = np.split(windows, world_size())[rank()]  # each rank takes its slice
     batches = []
-    for part in mine.reshape(-1, recipe.micro_batch):
+    for part in np.array_split(mine, math.ceil(len(mine) / recipe.micro_batch)):
         x, y = pin(*dataset.get_batch(part, T, config.n_vocab))
         batches.append((x, y, (y >= 0).sum().item() / targets))
     return batches
@@ -467,11 +460,15 @@ RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up
 }
 
 
-def with_flags(recipe, args):
-    """The recipe with what the command line gives of it (None: not given)."""
+def with_flags(recipe, args, T=1):
+    """The recipe with what the command line gives of it; UserError if ranks cannot share a step."""
     names = {field.name for field in dataclasses.fields(recipe)}
     given = {k: v for k, v in vars(args).items() if k in names and v is not None}
     recipe = dataclasses.replace(recipe, **given)
+    unit = T * world_size()
+    if recipe.batch_size % unit:
+        reason = f"a step of {recipe.batch_size:,} cannot be split into equal shares"
+        raise UserError(f"{reason}: give a multiple of {unit:,}")
     warmup_steps = min(recipe.warmup_steps, math.ceil(recipe.max_steps / 10))  # of a short trial
     return dataclasses.replace(recipe, warmup_steps=warmup_steps)
 
@@ -495,28 +492,19 @@ def get_lr(step, recipe):
 
 
 def configure_optimizer(model, recipe):
-    """AdamW (Loshchilov & Hutter 2019), or with it Muon for the matrices of linear layers.
-
-    Biases and LayerNorms do not decay.
-    """
+    """AdamW (Loshchilov & Hutter 2019), or with it Muon for the matrices of linear layers."""
     groups = {}
     for module in model.modules():
         is_linear = isinstance(module, (nn.Linear, nn.MultiheadAttention))
         for p in module.parameters(recurse=False):
             if p.requires_grad:
-                decay = recipe.weight_decay if p.dim() >= 2 else 0.0
+                decay = recipe.weight_decay if p.dim() >= 2 else 0.0  # not biases and LayerNorms
                 muon = recipe.muon > 0 and is_linear and p.dim() == 2
                 scale = recipe.muon if muon else 1.0
                 group = {"params": [], "weight_decay": decay, "lr_scale": scale, "muon": muon}
                 groups.setdefault((decay, muon), group)["params"].append(p)
     optimizer = Muon if recipe.muon else torch.optim.AdamW
     return optimizer(list(groups.values()), lr=recipe.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
-
-
-def set_lr(optimizer, lr):
-    """Give each group its learning rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
 
 
 # -----------------------------------------------------------------------------
@@ -557,7 +545,7 @@ def train(args):
     device = pick_device()
     preset, data = choose_setup(args, device)
     config = PRESETS[preset]
-    recipe = choose_recipe(RECIPES[preset], args, config.block_size)
+    recipe = with_flags(RECIPES[preset], args, config.block_size)
     train_set, val_sets, tokenizer = open_data(data, config)
     identity = {"preset": preset, "tokenizer": tokenizer.name, "data": train_set.digest()}
     identity |= {"seed": args.seed, "batch_size": recipe.batch_size}  # the same on resume
@@ -573,7 +561,8 @@ def train(args):
     with run:
         for step, micro_batches in prefetch(get_batches, run.step, recipe.max_steps):
             lr = get_lr(step, recipe)
-            set_lr(optimizer, lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
             loss, norm = train_step(parallel, optimizer, micro_batches, recipe, device)
             run.count_step(loss, norm)  # run.step is now step + 1: the finished steps
             stop = run.stop_requested()
@@ -726,20 +715,14 @@ def ending_losses(model, items, device):
 
 
 def evaluate_hellaswag(model, items, device, method="token mean"):
-    """Print and return {"acc", "acc_norm", "n", "skipped"}; each rank takes its share of the items.
-
-    "skipped": items with an ending that does not fit into the context.
-    """
-    fitting = [i for i in items if max(map(len, i.endings)) < model.config.block_size]
-    mine = fitting[rank() :: world_size()]
+    """Print and return {"acc", "acc_norm"}; each rank takes its share of the items."""
+    mine = items[rank() :: world_size()]
     with autocast(device):
         losses = ending_losses(model, mine, device)
     correct = torch.tensor(hellaswag.count_correct(mine, losses), device=device)
-    acc, acc_norm = (all_reduce(correct) / max(len(fitting), 1)).tolist()
-    scores = {"acc": acc, "acc_norm": acc_norm}
-    scores |= {"n": len(fitting), "skipped": len(items) - len(fitting)}
-    print(hellaswag.report(scores, method), flush=True)
-    return scores
+    acc, acc_norm = (all_reduce(correct) / len(items)).tolist()
+    print(hellaswag.report(acc, acc_norm, len(items), method), flush=True)
+    return {"acc": acc, "acc_norm": acc_norm}
 
 
 def load_hellaswag(tokenizer):
@@ -868,19 +851,17 @@ def sample(args):
     """Print continuations of a text."""
     model, tokenizer, _ = load_model(args.ckpt or default_checkpoint())
     freeze(model, pick_device())
-    text = args.sample.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    sampling = {"top_k": args.top_k, "top_p": args.top_p}
-    sampling["temperature"] = 0.8 if args.temperature is None else args.temperature
-    length = args.max_new_tokens or 200
-    for continued in complete(model, tokenizer, text, length, args.num, args.seed, **sampling):
-        print(f"{continued}\n---")
+    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    sampling |= {"num": args.num, "seed": args.seed}
+    for text in complete(model, tokenizer, args.sample, args.max_new_tokens, **sampling):
+        print(f"{text}\n---")
 
 
-def complete(model, tokenizer, text, max_new_tokens, num=None, seed=0, **sampling):
+def complete(model, tokenizer, text, max_new_tokens, num=1, seed=0, **sampling):
     """[the text with a continuation, ...]: `num` of them, by a model that is frozen."""
     device = pick_device()
     prompt = [tokenizer.eot_token, *tokenizer.encode_ordinary(text)]
-    idx = torch.tensor([prompt] * (num or 1), device=device)
+    idx = torch.tensor([prompt] * num, device=device)
     sampling |= {"stop": tokenizer.eot_token}
     sampling["generator"] = torch.Generator(device).manual_seed(seed)
     with autocast(device):
@@ -912,7 +893,7 @@ def evaluate(args):
         validate(model, model.config, val_sets, tokenizer, RECIPES[preset], device)
     else:
         print("no validation loss: there are no shards (python fineweb.py downloads them)")
-    if tokenizer.name != "gpt2":
+    if tokenizer.name != "gpt2" or model.config.block_size < 256:
         print("no HellaSwag: its items are longer than the context of this model")
         return
     with rank_zero_first():
@@ -1059,6 +1040,7 @@ def hardware_use(flops_per_second):
 # Appendix B: the loss without the logits of a whole batch
 
 ROWS = 2048  # of logits that exist at a time
+compiled = functools.cache(torch.compile)  # once for each function
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -1087,7 +1069,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=h.device)
         needs_h, needs_weight = ctx.needs_input_grad[:2]
         grad_h = torch.empty_like(h) if needs_h else None
-        grad_weight = None
+        grad_weight = torch.zeros_like(weight) if needs_h and needs_weight else None
         buffer = W.new_empty(min(len(h), ROWS), len(W))  # one for all chunks: new memory is slow
         for i in range(0, len(h), ROWS):
             x = h[i : i + ROWS].to(dtype)
@@ -1097,9 +1079,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             total += loss_and_gradient(logits, target, n_vocab)  # logits become their gradient
             if needs_h:
                 grad_h[i : i + ROWS] = logits @ W * counts
-            if needs_h and needs_weight:  # neither in an evaluation
-                grad = (logits.T @ (x * counts)).to(weight.dtype)
-                grad_weight = grad if grad_weight is None else grad_weight.add_(grad)
+            if grad_weight is not None:  # neither gradient in an evaluation
+                grad_weight += logits.T @ (x * counts)
         ctx.save_for_backward(grad_h, grad_weight)
         return total
 
@@ -1131,12 +1112,6 @@ def softmax_minus_one_hot(logits, target, n_vocab):
     logits.copy_(log_p.exp_())
     logits.scatter_(1, index, (log_p_target.exp() - 1).to(logits.dtype))  # minus the one-hot
     return -(log_p_target * (target != -100)).sum()
-
-
-@functools.cache
-def compiled(function):
-    """The function through torch.compile, once."""
-    return torch.compile(function)
 
 
 # -----------------------------------------------------------------------------
@@ -1225,8 +1200,7 @@ class Run:
 
     identity: what must stay the same when it is continued. unit: what its speed counts. In the
     context of a Run, Ctrl-C, SIGTERM and SIGHUP are noted and the loop is asked to stop; without
-    torchrun the second one stops at once. log.csv is cut back to the checkpoint first: those rows
-    come again.
+    torchrun the second one stops at once.
     """
 
     def __init__(self, out, identity, recipe, unit, restart=False):
@@ -1242,6 +1216,7 @@ class Run:
         self.best = math.inf  # the lowest validation loss, where someone asks for it
         self.signal = None
         self.restart = restart
+        self.rows = []  # of log.csv
 
     def resume(self, model, optimizer):
         """Go on where the checkpoint in the folder stopped; UserError if it is of another run."""
@@ -1257,9 +1232,8 @@ class Run:
             optimizer.load_state_dict(checkpoint["optimizer"])
             for name in ("step", "seconds", "skipped", "best"):
                 setattr(self, name, checkpoint[name])
-        steps = torch.tensor(float(self.step), device=pick_device())
-        if all_reduce(steps).item() != self.step * world_size():
-            raise UserError("the ranks found different checkpoints: --out must be shared by all")
+            rows = read_log(self.out / "log.csv")
+            self.rows = [row for row in rows if row["step"] <= self.step]  # the others come again
 
     def __enter__(self):
         self.out.mkdir(parents=True, exist_ok=True)
@@ -1270,8 +1244,6 @@ class Run:
             marks = (self.out / "samples.txt", *self.out.glob("scores*.json"))
             for old in (*marks, *self.out.glob(".*.tmp")):
                 old.unlink(missing_ok=True)
-            rows = [row for row in read_log(self.out / "log.csv") if row["step"] <= self.step]
-            self.write_log(rows if self.step else [])
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
             if number and signal.getsignal(number) != signal.SIG_IGN:
@@ -1281,8 +1253,6 @@ class Run:
 
     def __exit__(self, kind, error, traceback):
         self.stack.close()
-        if error is None and world_size() > 1:
-            dist.barrier()  # what rank 0 has written is whole
         if isinstance(error, torch.OutOfMemoryError):
             half = max(self.recipe.micro_batch // 2, 1)
             raise UserError(f"out of memory: use --micro-batch {half}") from None
@@ -1307,8 +1277,6 @@ class Run:
 
     def exit(self):
         """End the process as a signal would have."""
-        if world_size() > 1:
-            dist.barrier()  # torchrun ends all ranks when the first one ends: rank 0 has saved
         print(f"stopped after step {self.step:,}; the same command resumes it")
         sys.exit(128 + (self.signal or signal.SIGTERM))
 
@@ -1339,16 +1307,13 @@ class Run:
         return row | {f"{self.unit}_per_second": rate, "seconds": self.seconds}
 
     def log(self, row):
-        """Add a row to log.csv."""
+        """Add a row to log.csv, which is written anew, because a row may have new columns."""
         if row and rank() == 0:
-            self.write_log([*read_log(self.out / "log.csv"), {"step": self.step} | row])
-
-    def write_log(self, rows):
-        columns = dict.fromkeys(itertools.chain(*rows))
-        with fineweb.atomic_write(self.out / "log.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
+            self.rows.append({"step": self.step} | row)
+            with fineweb.atomic_write(self.out / "log.csv", "w", newline="") as file:
+                writer = csv.DictWriter(file, dict.fromkeys(itertools.chain(*self.rows)))
+                writer.writeheader()
+                writer.writerows(self.rows)
 
     def save(self, model, optimizer):
         """Write the checkpoint, keep the one before, and draw the curves."""
@@ -1360,6 +1325,8 @@ class Run:
                 content["config"] = asdict(model.config)
             save_checkpoint(self.path, content)
             draw_run(self.out)
+        if world_size() > 1:
+            dist.barrier()  # what rank 0 has written is whole, before another one ends or reads it
         self.timed_from = (self.step, time.time())
 
 
@@ -1398,17 +1365,12 @@ def read_checkpoint(path, holds="run"):
 
 
 def read_log(path):
-    """The rows of log.csv as dicts of floats; what is empty or cut off is left out."""
+    """The rows of log.csv as dicts of floats; what is empty is left out."""
     if not Path(path).exists():
         return []
-    rows = []
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        for row in csv.DictReader(line.replace("\0", "") for line in file):
-            try:
-                rows.append({key: float(value) for key, value in row.items() if value})
-            except (TypeError, ValueError):  # a line that was not finished
-                continue
-    return [row for row in rows if "step" in row]
+    with fineweb.reading(path, "the log of a run"):
+        rows = csv.DictReader(Path(path).read_text(encoding="utf-8").splitlines())
+        return [{key: float(value) for key, value in row.items() if value} for row in rows]
 
 
 def draw_run(out):
@@ -1419,13 +1381,10 @@ def draw_run(out):
     for name in [column for column in columns if column.startswith("val_")]:
         lines[name.replace("val_val", "validation").removeprefix("val_")] = curve(rows, name)
     panels = {"loss, nats per token": lines}
-    accuracy = curve(rows, "hellaswag")
-    if accuracy:
-        openai = [(step, 0.2955) for step, _ in accuracy]
-        panels["HellaSwag, acc_norm by token mean"] = {"this run": accuracy, "OpenAI": openai}
-    cider = curve(rows, "cider")
-    if cider:
-        panels["CIDEr-D of greedy captions"] = {"validation": cider}
+    titles = {"hellaswag": "HellaSwag, acc_norm by token mean (OpenAI: 0.2955)"}
+    titles |= {"cider": "CIDEr-D of greedy captions"}
+    for name in [name for name in titles if name in columns]:
+        panels[titles[name]] = {"validation": curve(rows, name)}
     draw_curves(Path(out) / "curves.png", panels)
 
 
@@ -1497,14 +1456,11 @@ def default_data(preset):
 
 
 def choose_setup(args, device):
-    """(preset, folder of shards): by flag; else the 124M with a GPU and its data, or the toy setup.
-
-    Own text of less than 100 M tokens, or on a CPU, gets the preset `small`.
-    """
+    """(preset, folder of shards): by flag; else the 124M with a GPU and data, or the toy setup."""
     data = args.data or default_data("gpt2")
     preset = args.preset
     if preset is None:
-        preset = "small" if args.data else "tiny"
+        preset = "small" if args.data else "tiny"  # small: less than 100 M tokens, or on a CPU
         if fineweb.read_tokens_info(data)["tokenizer"] == "tiny":
             preset = "tiny"
         elif device.type == "cuda" and Path(data).exists() and len(open_shards(data)[0]) >= 1e8:
@@ -1517,31 +1473,14 @@ def choose_setup(args, device):
     return preset, Path(args.data or default_data(preset))
 
 
-def choose_recipe(recipe, args, T):
-    """The recipe with the flags' changes; UserError if micro-batches do not fill a step."""
-    recipe = with_flags(recipe, args)
-    if args.micro_batch is None:  # the preset's, or what divides the step
-        windows = recipe.batch_size // (T * world_size())
-        recipe = dataclasses.replace(recipe, micro_batch=math.gcd(recipe.micro_batch, windows) or 1)
-    unit = T * recipe.micro_batch * world_size()
-    if recipe.batch_size % unit or not recipe.batch_size:
-        what = f"{recipe.micro_batch} windows of {T} tokens on {world_size()} processes = {unit:,}"
-        reason = f"--batch-tokens {recipe.batch_size:,} is not a multiple of {what}"
-        raise UserError(f"{reason}: change it")
-    return recipe
-
-
 def open_shards(folder):
-    """The shards of a folder: (training set, {name: validation set}). UserError if one is missing.
-
-    Shards are NAME_train_000001.bin, NAME_val_000000.bin; several NAMEs of validation shards are
-    several validation sets.
-    """
+    """The shards of a folder: (training set, {name: validation set})."""
     train = []
     val = {}
     for path in sorted(Path(folder).glob("*.bin")):
         match = re.fullmatch(r"(.+)_(train|val)(_\d+)?", path.stem)
         if match:
+            # several NAMEs of validation shards are several validation sets
             paths = train if match[2] == "train" else val.setdefault(match[1], [])
             paths.append(path)
     if not train or not val:
@@ -1594,11 +1533,6 @@ def finish(run, model, tokenizer):
     print(f'Next: python train_gpt2.py --sample "The " --ckpt {shlex.quote(str(run.out))}')
 
 
-def is_finished(out):
-    """Whether a run of train() has come to its end: the samples are written last."""
-    return (Path(out) / "ckpt.pt").exists() and (Path(out) / "samples.txt").exists()
-
-
 def main(arguments=None):
     """The commands at the top of this file."""
     parser = fineweb.ArgumentParser(__doc__)
@@ -1621,11 +1555,11 @@ def main(arguments=None):
     task.add_argument("--export-hf", metavar="DIR", help="write a folder for transformers")
     group.add_argument("--ckpt", help="checkpoint, run, folder for transformers, or gpt2, gpt2-xl")
     group.add_argument("--limit", type=positive, help="use only so many random HellaSwag items")
-    group.add_argument("--max-new-tokens", type=positive, help="of a sample (default: 200)")
-    group.add_argument("--temperature", type=number(float, 0, 100), help="(default: 0.8)")
+    group.add_argument("--max-new-tokens", type=positive, default=200, help="of a sample (200)")
+    group.add_argument("--temperature", type=number(float, 0, 100), default=0.8, help="(0.8)")
     group.add_argument("--top-k", type=positive, help="only the k most probable tokens")
     group.add_argument("--top-p", type=number(float, 0.001, 1), help="only the nucleus of p")
-    group.add_argument("--num", type=positive, help="how many samples (default: 1)")
+    group.add_argument("--num", type=positive, default=1, help="how many samples (1)")
     args = parser.parse_args(arguments)
     join_processes()
     recipe = ("--preset", "--out", "--steps", "--batch-tokens", "--micro-batch", "--lr")
