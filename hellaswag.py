@@ -93,18 +93,16 @@ class Item:
 def render(example, tokenizer, method="token mean"):
     """An example as token ids; the context and each ending are tokenized by themselves."""
     encode = tokenizer.encode_ordinary
-    harness = method == "harness"
-    context = example["ctx"]
-    endings = example["endings"]
-    if harness:
-        begin = f"{example['activity_label']}: {example['ctx_a']} {example['ctx_b'].capitalize()}"
-        context = clean(begin)
-        endings = [clean(ending) for ending in endings]
-    stripped = context.rstrip() if harness else context
-    spaces = context[len(stripped) :]  # the harness moves them to the endings
+    if method == "token mean":
+        tokens = [encode(f" {ending}") for ending in example["endings"]]
+        return Item(encode(example["ctx"]), tokens, [*map(len, tokens)], example["label"])
+    begin = f"{example['activity_label']}: {example['ctx_a']} {example['ctx_b'].capitalize()}"
+    context = clean(begin)
+    endings = [clean(ending) for ending in example["endings"]]
+    spaces = context[len(context.rstrip()) :]  # the harness moves them to the endings
     tokens = [encode(f"{spaces} {ending}") for ending in endings]
-    lengths = [max(len(ending), 1) for ending in (endings if harness else tokens)]
-    context = encode(stripped) or [tokenizer.eot_token]  # something has to stand before an ending
+    lengths = [max(len(ending), 1) for ending in endings]  # in characters
+    context = encode(context.rstrip()) or [tokenizer.eot_token]  # something has to stand there
     return Item(context, tokens, lengths, example["label"])
 
 
