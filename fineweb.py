@@ -254,9 +254,10 @@ def encode_all(documents, tokenizer):
 # that stand in its place later, and writes large objects in capitals. Color and shape are one
 # word there: with a word each, the decoder had not learned to pair them after 50 s of training.
 # The number comes right after the map, as in captions of pictures: else one decoder of three gets
-# only .9 of the numbers right. The places are those of two objects in random order: in the order of the map the decoder learns
-# to walk along the map instead of looking an object up, which is what captions ask for. Relations
-# are the hardest to learn, so they are four of the eight captions from which a document draws.
+# only .9 of the numbers right. The places are those of two objects in random order: in the order of
+# the map the decoder learns to walk along the map instead of looking an object up, which is what
+# captions ask for. Relations are the hardest to learn, so they are four of the eight captions from
+# which a document draws.
 
 COLORS = ("red", "green", "blue", "yellow", "pink", "white")
 SHAPES = ("circle", "square", "triangle", "cross")
