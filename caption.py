@@ -4,14 +4,14 @@ Pictures in words: a frozen CLIP and a frozen GPT-2, joined by a small bridge th
     python caption.py --bridge linear --sample img.jpg     caption pictures; trains what is missing
     python caption.py --bridge {linear,cross,qformer}      train and score a bridge, draw a grid
     python caption.py --bridge linear --eval [--beam 5]    results.json and scores.json
-    python caption.py --bridge linear --scst               go on, on the captions' own score
+    python caption.py --bridge linear --scst               train it further, on CIDEr-D
     python caption.py --bridge linear --export FILE        the bridge alone, to share; --ckpt FILE
-    python caption.py --compare                            all three under one budget, one table
+    python caption.py --compare                            all three, and a blind one, in one table
 
 Without a GPU and COCO this is the toy setup: drawn pictures of colored shapes, a CLIP of 64 x 64
 pixels that is trained here, and the decoder of `python train_gpt2.py`. It has read scenes as a map
-of 32 words after <|endoftext|> (fineweb.py, "The toy text"); the 1 + 32 vision tokens of a picture
-stand in those 33 places, and a bridge has to make them look like the words. With --data FOLDER
+of 32 words after <|endoftext|> (fineweb.py, "The toy text"); linear and qformer put vectors in
+those places and learn to make them look like the words to the decoder. With --data FOLDER
 (COCO 2017, or your own pictures in its layout) the same code joins CLIP ViT-L/14 to GPT-2 124M. A
 run lives in runs/<setup>-<bridge>/: ckpt.pt, best.pt, log.csv, curves.png, grid.png, scores.json.
 
@@ -153,7 +153,7 @@ class QFormerBridge(nn.Module):
     def __init__(self, S, D, decoder):
         super().__init__()
         C = decoder.config.n_embd
-        self.P = min(32, S - 1)
+        self.P = min(32, S - 1)  # no query for the class token
         self.linear = LinearBridge(S, D, decoder)
         self.ln = nn.LayerNorm(C)
         n_layer = min(4, decoder.config.n_layer // 2)
@@ -161,7 +161,7 @@ class QFormerBridge(nn.Module):
         self.ln_f = nn.LayerNorm(C)
         self.project = nn.Linear(C, C)
         scale = token_scale(decoder)
-        positions = torch.randn(S, C)
+        positions = torch.randn(S, C)  # no two alike, so a query recognizes its token
         self.linear.positions.data = positions * scale
         self.queries = nn.Parameter(positions[1 : self.P + 1].clone())
         first = self.layers[0].cross_attn
@@ -193,7 +193,7 @@ class QFormerLayer(nn.Module):
         self.cross_attn = Attention(config)
         self.mlp = MLP(C)
         for part in (self.self_attn, self.cross_attn):
-            nn.init.normal_(part.c_attn.weight, std=1.5 / math.sqrt(C))  # large: sharp weights
+            nn.init.normal_(part.c_attn.weight, std=1.5 / math.sqrt(C))  # large: sharp attention
             nn.init.zeros_(part.c_attn.bias)
         q, k, _ = self.cross_attn.c_attn.weight.data.chunk(3)
         k.copy_(q)  # a query attends to the token most like it
@@ -289,7 +289,7 @@ def build(name, S, D, decoder):
 # -----------------------------------------------------------------------------
 # 3. The captioner. The layout of a sequence:
 #
-#     linear, qformer    v1 ... v33                  a    red     circle           v: the prefix
+#     linear, qformer    v1 ... vP                   a    red     circle           P = 33, 32
 #     cross                          <|endoftext|>   a    red     circle           P = 1
 #     targets                        a               red  circle  <|endoftext|>
 #
@@ -480,7 +480,7 @@ def train(name, setup, args):
         batches = train_gpt2.prefetch(get_batches, run.step, recipe.max_steps)
     with run:
         if args.scst and run.step == 0:
-            run.log(keep_best(captioner, val_set, run, setup.tokenizer))
+            run.log(validate(captioner, val_set, run, setup.tokenizer))
         for step, micro_batches in batches:
             lr = get_lr(step, recipe)
             for group in optimizer.param_groups:
@@ -493,7 +493,7 @@ def train(name, setup, args):
             if run.step % recipe.log_every == 0 or run.step == 1 or is_eval_step or stop:
                 row = run.progress(loss, lr, norm, recipe.batch_size)
             if is_eval_step:
-                row |= keep_best(captioner, val_set, run, setup.tokenizer if args.scst else None)
+                row |= validate(captioner, val_set, run, setup.tokenizer if args.scst else None)
             run.log(row)
             if is_eval_step or stop:
                 run.save(captioner.bridge, optimizer)
@@ -502,7 +502,7 @@ def train(name, setup, args):
     return out
 
 
-def keep_best(captioner, val_set, run, tokenizer=None):
+def validate(captioner, val_set, run, tokenizer=None):
     """Print the validation loss and return it for the log; the best bridge so far is in best.pt.
 
     tokenizer: given in self-critical training, where the best is that with the highest CIDEr-D.
@@ -549,7 +549,7 @@ def sampled_batches(train_set, captioner, tokenizer, recipe, first_step, args):
     of the noise: a caption that is as good as the others is left alone. The end counts as a word,
     or captions would end in "on a". The references' cross-entropy stays in the loss, with a small
     weight: without it the bridge forgets what the best-scored kind of caption does not say. The
-    loss that is printed only has the right gradient.
+    printed loss is no measure of quality; only its gradient means something.
     test_self_critical_gradient_equals_the_exact_one
     """
     device = pick_device()
@@ -675,20 +675,20 @@ def evaluate(out, setup, args, beam=None):
     device = pick_device()
     tokenizer = setup.tokenizer
     captioner = load_captioner(Path(out) / "best.pt", setup, args)
-    seen = load_pictures(setup, "val")
+    val_set = load_pictures(setup, "val")
     decoding = f"beam {beam}" if beam else "greedy"
-    scores, texts = score_captions(captioner, seen, tokenizer, beam or 1)
+    scores, texts = score_captions(captioner, val_set, tokenizer, beam or 1)
     row = {"parameters": sum(p.numel() for p in captioner.bridge.parameters())}
-    row |= {"pictures": len(seen), "decoding": decoding} | scores["corpus"]
-    row["nats per caption"] = caption_loss(captioner, seen, device)[1]
-    row["shuffled"] = caption_loss(captioner, seen.shuffled(), device)[1]
+    row |= {"pictures": len(val_set), "decoding": decoding} | scores["corpus"]
+    row["nats per caption"] = caption_loss(captioner, val_set, device)[1]
+    row["shuffled"] = caption_loss(captioner, val_set.shuffled(), device)[1]
     lines = []
-    if seen.pictures[0]["scene"]:  # the toy pictures, whose scenes are known
+    if val_set.pictures[0]["scene"]:  # the toy pictures, whose scenes are known
         unseen = load_pictures(setup, "unseen")
-        pairs = zip(texts, seen.pictures, strict=True)
+        pairs = zip(texts, val_set.pictures, strict=True)
         wrong = [False in coco_eval.facts(text, p["scene"]).values() for text, p in pairs]
         row["captions true"] = 1 - sum(wrong) / len(wrong)
-        groups = {"": seen, ", unseen pairs": unseen, ", shuffled": seen.shuffled()}
+        groups = {"": val_set, ", unseen pairs": unseen, ", shuffled": val_set.shuffled()}
         for kind, group in groups.items():
             parts = (captioner, group.vision(), tokenizer)
             answer = functools.partial(write_captions, *parts, max_new_tokens=8)
@@ -698,10 +698,10 @@ def evaluate(out, setup, args, beam=None):
             lines.append(f"{'facts' + kind:22} {'  '.join(facts)}")
         lines.append(f"captions without a false statement: {row['captions true']:.2f}")
     if rank() == 0:
-        write_scores(Path(out), seen.pictures, texts, row | scores, "_beam" if beam else "")
+        write_scores(Path(out), val_set.pictures, texts, row | scores, "_beam" if beam else "")
     losses = f"{row['nats per caption']:.2f} nats per caption, shuffled {row['shuffled']:.2f}"
-    print(f"{len(seen)} validation pictures of {setup.data}, {decoding}: {losses}")
-    print("\n".join([coco_eval.table(scores, len(seen)), *lines]))
+    print(f"{len(val_set)} validation pictures of {setup.data}, {decoding}: {losses}")
+    print("\n".join([coco_eval.table(scores, len(val_set)), *lines]))
     print(f"{out} has best.pt, results, scores, curves.png and grid.png")
     return row
 
@@ -754,7 +754,7 @@ def compare_bridges(setup, args):
     columns = {}
     curves = {}
     steps = set()
-    seen = load_pictures(setup, "val")
+    val_set = load_pictures(setup, "val")
     for name in BRIDGES:
         out = train(name, setup, args)
         log = train_gpt2.read_log(out / "log.csv")
@@ -764,7 +764,7 @@ def compare_bridges(setup, args):
     if len(steps) > 1:
         raise UserError("the runs have different budgets: give --restart, or another --out")
     if setup.toy and setup.tokenizer.name == "tiny":
-        columns["map in words"] = map_facts(setup, seen.pictures)
+        columns["map in words"] = map_facts(setup, val_set.pictures)
     if rank() == 0:
         path = run_folder("compare", args) / "curves.png"
         train_gpt2.draw_curves(path, {"validation loss, nats per token": curves})
@@ -915,8 +915,8 @@ def load_pictures(setup, split):
 def cached_features(encoder, pictures, name):
     """Vision tokens of pictures [{"id", "path"}, ...]: a memory map (pictures, S, D), float16.
 
-    The file's name has a digest of CLIP and the very pictures (path, size, time of change). It only
-    grows, so an interrupted pass goes on where it was. A picture that cannot be read is NaN.
+    The file is named after a digest of CLIP and the pictures (path, size, time of change) and only
+    grows, so an interrupted pass resumes where it was. A picture that cannot be read is NaN.
     """
     digest = hashlib.sha256(f"{encoder.name} 4x8".encode())
     for picture in pictures:
@@ -1113,7 +1113,7 @@ def clip_texts(captions):
     """Token ids (B, 32) for CLIP, which reads a text at its largest id: <|endoftext|>."""
     tokenizer = fineweb.get_tokenizer("tiny")
     rows = []
-    for words in captions:  # 21 at most
+    for words in captions:  # 21 at most, after " .", a token that no caption has
         tokens = [tokenizer.eot_token - 1, *tokenizer.encode_ordinary(" ".join(words))]
         rows.append([*tokens, tokenizer.eot_token] + [0] * (31 - len(tokens)))
     return torch.tensor(rows)
@@ -1179,7 +1179,7 @@ def flags():
     positive = number(int, 1)
     group = parser.add_argument_group("what to do (default: train --bridge and score it)")
     group.add_argument("--bridge", choices=BRIDGES, help="how the picture gets into the decoder")
-    group.add_argument("--scst", action="store_true", help="then train it on CIDEr-D itself")
+    group.add_argument("--scst", action="store_true", help="train it further, on CIDEr-D itself")
     task = group.add_mutually_exclusive_group()
     task.add_argument("--sample", nargs="+", metavar="PICTURE", help="files, folders, https://…")
     task.add_argument("--eval", action="store_true", help="score the bridge of a run")
@@ -1195,7 +1195,7 @@ def flags():
     group.add_argument("--batch", dest="batch_size", type=positive, help="pictures a step")
     group.add_argument("--micro-batch", type=positive, help="pictures at once, for less memory")
     group.add_argument("--lr", type=number(float, 0, 1), help="the highest learning rate")
-    group.add_argument("--seed", type=number(int, 0, 10**6), default=0, help="or of --sample")
+    group.add_argument("--seed", type=number(int, 0, 10**6), default=0, help="also of --sample")
     group.add_argument("--seeds", type=positive, help="how many to --compare, from --seed on")
     group.add_argument("--restart", action="store_true", help="forget what is in the run's folder")
     group = parser.add_argument_group("captions")

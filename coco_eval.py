@@ -104,7 +104,7 @@ def bleu(references, candidates):
     summed first; it is not the mean over pictures.
 
     Example: 6 of the 7 words occur in the first reference ("and" does not): p_1 = 6/7. Of the 6
-    pairs of words "a red", "red circle", "a blue", "blue square" do: p_2 = 4/6. c = r = 7.
+    pairs of words, 4 do: "a red", "red circle", "a blue", "blue square". p_2 = 4/6. c = r = 7.
     BLEU-2 = sqrt(6/7 * 4/6) = 0.756.
 
     references: for each picture a list of token lists; candidates: for each a token list.
@@ -477,7 +477,7 @@ def read_results(path):
 
 
 def read_dataset(folder, split):
-    """The captioned pictures of a folder in COCO's layout, for split "train" or "val".
+    """The captioned pictures of a folder in COCO's layout: "train", "val" or, of toys, "unseen".
 
     [{"id", "path", "captions": [str, ...], "scene" or None}, ...]. Where there is one set of
     pictures only, val2017/ or your own in images/ with annotations/captions.json, every tenth is
@@ -503,7 +503,7 @@ def read_dataset(folder, split):
             dataset[str(id)]["captions"].append(caption)
     captioned = [picture for picture in dataset.values() if picture["captions"]]
     if len(captioned) < (2 if shared else 1):
-        raise UserError(f"{path} has too few captions: two pictures with captions are needed")
+        raise UserError(f"{path} has too few pictures with captions: add some")
     if shared:
         captioned = [p for i, p in enumerate(captioned) if (i % 10 == 0) == (split == "val")]
     return captioned
@@ -603,7 +603,7 @@ def unpack(archive, folder, name):
 
 TRAIN_IMAGES = 6_000
 VAL_IMAGES = 500
-HELD_OUT_IMAGES = 250  # more for validation, with pairs of color and shape that training has not
+UNSEEN_IMAGES = 250  # more for validation, with pairs of color and shape that training has not
 PAINT = dict(zip(COLORS, "#e23e38 #3ab258 #4276ee #fad034 #f88ebe #f6f6f0".split(), strict=True))
 
 
@@ -643,7 +643,7 @@ def make_shapes(folder, images=TRAIN_IMAGES):
     unseen/ has pairs of color and shape that train/ has not. The files are the same each time. The
     folder appears when it is whole; UserError when it is not empty.
     """
-    splits = {"train": images, "val": VAL_IMAGES, "unseen": HELD_OUT_IMAGES}
+    splits = {"train": images, "val": VAL_IMAGES, "unseen": UNSEEN_IMAGES}
     with fineweb.new_folder(folder) as building:
         for split, count in splits.items():
             (building / split).mkdir()
@@ -651,7 +651,7 @@ def make_shapes(folder, images=TRAIN_IMAGES):
             entries = []
             annotations = []
             for id in range(1, count + 1):
-                scene = fineweb.random_scene(rng, held_out=split == "unseen")
+                scene = fineweb.random_scene(rng, unseen=split == "unseen")
                 name = f"{id:06d}.png"
                 draw_scene(scene, rng).save(building / split / name, compress_level=1)
                 entries.append({"id": id, "file_name": name, "toy_scene": scene})

@@ -50,8 +50,8 @@ def get_tokenizer(name):
     """The tokenizer "gpt2" (50,257 tokens; tiktoken downloads 1.5 MB once) or "tiny" (made here).
 
     GPT-2's is a byte-pair encoding (Sennrich et al. 2016): frequent runs of bytes are one token
-    each. "tiny" has the 256 bytes, one token for each word of the toy scenes (with a leading blank
-    or without, as in GPT-2) and <|endoftext|>. In both, <|endoftext|> has the largest id.
+    each. "tiny" has the 256 bytes, two tokens for each word of the toy scenes (with a leading space
+    and without, as in GPT-2) and <|endoftext|>. In both, <|endoftext|> has the largest id.
     """
     if name == "gpt2":
         try:
@@ -250,27 +250,26 @@ def encode_all(documents, tokenizer):
 #     a picture of a blue square and a red circle                           one to five captions
 #     the blue square is at the top left
 #
-# The map says each cell twice, because a cell of a picture will be two of the 32 vision tokens
-# that stand in its place later, and writes large objects in capitals. Color and shape are one
-# word there: with a word each, the decoder had not learned to pair them after 50 s of training.
-# The number comes right after the map, as in captions of pictures: else one decoder of three gets
-# only .9 of the numbers right. The places are those of two objects in random order: in the order of
-# the map the decoder learns to walk along the map instead of looking an object up, which is what
-# captions ask for. Relations are the hardest to learn, so they are four of the eight captions from
-# which a document draws.
+# The map names each cell twice, because each cell of a picture will be two of the 32 vision tokens
+# that later take its place, and writes large objects in capitals. Color and shape are one word
+# there: as two words they took too long to learn. The number comes right after the map, as it will
+# in captions of pictures: without that, one decoder in three gets only .9 of the numbers right. The
+# two places are in random order: in map order, the decoder learns to walk along the map instead of
+# looking an object up. Relations are the hardest to learn, so four of the eight captions from which
+# a document draws are relations.
 
 COLORS = ("red", "green", "blue", "yellow", "pink", "white")
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = ("small", "large")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 GRID = 4
-HELD_OUT_PAIRS = {("red", "cross"), ("blue", "triangle"), ("yellow", "square")}
+UNSEEN_PAIRS = {("red", "cross"), ("blue", "triangle"), ("yellow", "square")}
 
 
-def random_scene(rng, held_out=None):
+def random_scene(rng, unseen=None):
     """Draw {"objects": [{"color", "shape", "size", "row", "col"}, ...]} with a random.Random.
 
-    Objects are in reading order and differ in color. held_out: False leaves HELD_OUT_PAIRS out,
+    Objects are in reading order and differ in color. unseen: False leaves UNSEEN_PAIRS out,
     as in training pictures; True makes sure that the scene has one; None (text) does not care.
     """
     while True:
@@ -280,13 +279,13 @@ def random_scene(rng, held_out=None):
         for color, cell in zip(rng.sample(COLORS, number), cells, strict=True):
             thing = {"color": color, "shape": rng.choice(SHAPES), "size": rng.choice(SIZES)}
             objects.append(thing | {"row": cell // GRID, "col": cell % GRID})
-        if held_out is None or held_out == has_held_out_pair(objects):
+        if unseen is None or unseen == has_unseen_pair(objects):
             return {"objects": objects}
 
 
-def has_held_out_pair(objects):
+def has_unseen_pair(objects):
     """Whether one of the objects has a color and shape that no training picture joins."""
-    return any((thing["color"], thing["shape"]) in HELD_OUT_PAIRS for thing in objects)
+    return any((thing["color"], thing["shape"]) in UNSEEN_PAIRS for thing in objects)
 
 
 def object_name(thing):
@@ -331,7 +330,7 @@ def captions(scene, rng):
 
 
 def relation_captions(scene, rng):
-    """Two wordings of a relation; pictures use the first: the second, side first, is harder."""
+    """Two wordings of one random relation; captions use the first, which is easier to learn."""
     a, b = rng.sample(scene["objects"], 2)
     relation = rng.choice(relations(a, b))
     a = object_name(a)
@@ -352,7 +351,7 @@ def scene_map(scene):
 
 
 def scene_document(scene, rng):
-    """A scene's map, often its number of objects or two places, and one to five captions."""
+    """A scene's map, sometimes its number, mostly two places, and one to five captions."""
     lines = [scene_map(scene)]
     if rng.random() < 0.2:
         lines.append(f"there are {NUMBERS[len(scene['objects'])]} objects")

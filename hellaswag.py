@@ -3,7 +3,7 @@ HellaSwag: which of four endings does the model find most likely?
 
     python hellaswag.py [FILE]              download the 10,042 items (12 MB) and show the first one
     python train_gpt2.py --eval [--ckpt X]  the accuracies of a model
-    (training the preset gpt2 measures the token mean every 250 steps)
+    (training a preset gpt2... measures the token mean every 250 steps)
 
 Each item is the beginning of a story with four endings, one of which is right; the wrong ones were
 written by a machine and chosen to deceive machines (Zellers et al. 2019). Chance is 0.25. Two ways

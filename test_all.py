@@ -198,10 +198,10 @@ def test_scenes_say_what_is_true():
             assert False not in stated.values(), (text, scene)
             seen |= set(stated.items()) | set(coco_eval.facts(text, other).items())
     assert seen == set(itertools.product(coco_eval.FACTS, (True, False, None)))
-    for held_out in (False, True):
+    for unseen in (False, True):
         for _ in range(100):
-            objects = fineweb.random_scene(rng, held_out)["objects"]
-            assert fineweb.has_held_out_pair(objects) == held_out
+            objects = fineweb.random_scene(rng, unseen)["objects"]
+            assert fineweb.has_unseen_pair(objects) == unseen
 
 
 SCENE = {
@@ -2348,20 +2348,20 @@ def shapes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes") / "shapes"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(coco_eval, "VAL_IMAGES", 100)
-        patch.setattr(coco_eval, "HELD_OUT_IMAGES", 50)
+        patch.setattr(coco_eval, "UNSEEN_IMAGES", 50)
         coco_eval.make_shapes(folder, images=300)
     return folder
 
 
 def test_toy_pictures_show_what_their_captions_say(shapes, tmp_path):
-    """Pictures that do not fit their captions, held-out pairs in training, files by the seed."""
+    """Pictures that do not fit their captions, unseen pairs in training, files by the seed."""
     train = coco_eval.read_dataset(shapes, "train")
     val = coco_eval.read_dataset(shapes, "val")
     unseen = coco_eval.read_dataset(shapes, "unseen")
     pictures = train + val + unseen
-    held_out = [fineweb.has_held_out_pair(p["scene"]["objects"]) for p in pictures]
+    has_unseen = [fineweb.has_unseen_pair(p["scene"]["objects"]) for p in pictures]
     assert (len(train), len(val), len(unseen)) == (300, 100, 50)
-    assert not any(held_out[:400]) and all(held_out[400:])
+    assert not any(has_unseen[:400]) and all(has_unseen[400:])
     for picture in train[:100]:
         assert len(set(picture["captions"])) == 5
         for text in picture["captions"]:

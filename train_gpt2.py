@@ -12,7 +12,7 @@ curves.png, samples.txt.
 
 Chapters: 1 the model, 2 generation, 3 data, 4 the recipe, 5 training; then 6 evaluation, 7 using a
 model. Appendices: A devices and processes, B the loss in chunks, C sinusoids and Muon, D the folder
-of a run, then the command line. Chapters 1 to 5 are what an evening is for.
+of a run, then the command line. For an evening: chapters 1 to 5. test_...: a test in test_all.py.
 
 Letters beside the code: B batch, T time (tokens), C width, nh heads, hs head size, V vocabulary,
 P prefix, N targets of a row. GPT-2: Radford et al. 2019; its training: Brown et al. 2020 (GPT-3).
@@ -64,12 +64,12 @@ class GPTConfig:
     """The shape of a GPT-2."""
 
     block_size: int = 1024  # the longest context, in tokens
-    vocab_size: int = 50257  # rows of the token table
+    vocab_size: int = 50257  # rows of the token table, used or not
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     init_std: float = 0.02
-    vocab_padding: int = 0  # the last rows that are no tokens: 50,304 = 393 * 128 is faster
+    vocab_padding: int = 0  # how many of the rows, at the end, stand for no token
     sinusoids: bool = False  # positions begin as waves; see sinusoids()
 
     @property
@@ -111,11 +111,10 @@ def attention(q, k, v, mask=None, is_causal=False):
     PyTorch chooses it on GPUs. test_decoder_equals_a_plain_float64_one
     """
     options = {"attn_mask": mask, "is_causal": is_causal}
-    if q.device.type == "cpu" and q.size(2) < 512:
-        # bf16 is slow here on short sequences: 8.7 ms forward and backward, 1.8 in fp32 at T = 64
-        with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
-    return F.scaled_dot_product_attention(q, k, v, **options)
+    if q.device.type != "cpu" or q.size(2) >= 512:
+        return F.scaled_dot_product_attention(q, k, v, **options)
+    with torch.autocast("cpu", enabled=False):  # short sequences on a CPU: bf16 is 5 times slower
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
 
 
 class MLP(nn.Module):
@@ -432,11 +431,11 @@ class Recipe:
 
 
 # Vocabularies are padded to a multiple of 64, which is faster: 431 to 448, 50,257 to 50,304
-PRESETS = {  # T, V, layers, heads, C
+PRESETS = {  # T, rows of the token table, layers, heads, C, init_std
     # 0.9 M parameters, for the toy data; 16 M, for real text on a CPU
     "tiny": GPTConfig(fineweb.TOY_BLOCK, 448, 4, 4, 128, 0.06, vocab_padding=17, sinusoids=True),
     "small": GPTConfig(256, 50304, 4, 4, 256, init_std=0.04, vocab_padding=47),
-    # OpenAI's four: 124 M, 355 M, 774 M and 1,558 M
+    # OpenAI's four sizes: 124 M (with two recipes), 355 M, 774 M and 1,558 M
     "gpt2": GPTConfig(1024, 50304, 12, 12, 768, vocab_padding=47),
     "gpt2-fast": GPTConfig(1024, 50304, 12, 12, 768, vocab_padding=47),
     "gpt2-medium": GPTConfig(1024, 50304, 24, 16, 1024, vocab_padding=47),
@@ -444,7 +443,7 @@ PRESETS = {  # T, V, layers, heads, C
     "gpt2-xl": GPTConfig(1024, 50304, 48, 25, 1600, vocab_padding=47),
 }
 RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up
-    # in these few minutes GPT-2's own recipe does not learn to read maps: Muon and sinusoids do
+    # in a few minutes GPT-2's own recipe does not teach it to read maps; Muon and sinusoids do
     "tiny": Recipe(1_900, 1_536, 24, 1e-3, 40, muon=20, eval_every=190, eval_tokens=20_480),
     "small": Recipe(500, 8_192, 16, 2e-3, 50, eval_every=50, eval_tokens=16_384),
     # GPT-3's recipe: 19,073 steps of 524,288 tokens are 10.0 B, 715 of them 375 M
@@ -492,7 +491,7 @@ def get_lr(step, recipe):
 
 
 def configure_optimizer(model, recipe):
-    """AdamW (Loshchilov & Hutter 2019), or with it Muon for the matrices of linear layers."""
+    """AdamW (Loshchilov & Hutter 2019); if recipe.muon, Muon for the linear layers' matrices."""
     groups = {}
     for module in model.modules():
         is_linear = isinstance(module, (nn.Linear, nn.MultiheadAttention))
@@ -515,15 +514,15 @@ def train_step(model, optimizer, micro_batches, recipe, device):
     """One update of the weights from this rank's micro-batches: (loss, norm of the gradient).
 
     Gradient accumulation: backward() adds to .grad, so the gradients of the micro-batches, each
-    weighted by its share of the step's targets, sum up to that of the whole batch
+    weighted by its share of the step's targets, add up to that of the whole batch
     (test_micro_batches_add_up). A loss that is not finite leaves the weights as they are.
     """
     total = torch.zeros((), device=device)
     for i, (*inputs, share) in enumerate(micro_batches):
         inputs = [x.to(device, non_blocking=True) for x in inputs]
-        is_last = i == len(micro_batches) - 1
-        # DDP averages the gradients over ranks in backward(); on the last micro-batch is enough
-        with contextlib.nullcontext() if is_last or world_size() == 1 else model.no_sync():
+        sync = i == len(micro_batches) - 1 or world_size() == 1
+        # DDP averages the gradients over ranks in backward(); only the last micro-batch needs that
+        with contextlib.nullcontext() if sync else model.no_sync():
             with autocast(device):  # mixed precision: fp32 weights, matrix products in bf16
                 _, loss = model(*inputs)
             (loss * share * world_size()).backward()  # times world_size: a sum, not a mean
@@ -643,8 +642,8 @@ def pack(rows):
         c1 c2 c3 a1 a2                  a sequence for each continuation; the beginning is
         c1 c2 c3 b1 b2 b3               computed again for each of them
 
-    Packed, the continuations share one beginning. Each has its positions, attends to the beginning
-    and to itself only, and its last token is predicted but not read:
+    Packed, they share one beginning (part 0); part k + 1 is continuation k and sees itself and
+    part 0. The state at position source[n] predicts targets[n], of continuation owner[n]:
 
         token       c1 c2 c3 a1 b1 b2       target   a1 a2 b1 b2 b3
         position     0  1  2  3  3  4       source    2  3  2  4  5
@@ -663,7 +662,7 @@ def pack(rows):
     return Packed(mask=mask[:, None], **tensors)
 
 
-# What fills up the lists of lay_out(); part is 0 in the beginning and k + 1 in continuation k
+# What fills up the lists of lay_out()
 PADDING = {"idx": 0, "positions": 0, "part": -1, "source": 0, "targets": -100, "owner": -1}
 
 
@@ -734,7 +733,7 @@ def load_hellaswag(tokenizer):
     except UserError as error:
         print(f"HellaSwag  is not measured: {error}", flush=True)
     missing = torch.tensor(float(not examples), device=pick_device())
-    if all_reduce(missing).item():  # all ranks measure it or none, or they would wait for ever
+    if all_reduce(missing).item():  # all ranks measure it or none, or they would wait forever
         return []
     return [hellaswag.render(example, tokenizer) for example in examples]
 
@@ -743,7 +742,7 @@ def load_hellaswag(tokenizer):
 # 7. Using a model
 
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-COMPUTED = {  # what this GPT computes, in the words of a config.json of transformers
+SUPPORTED = {  # what this GPT computes, in the words of a config.json of transformers
     "model_type": ["gpt2"],
     "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
     "layer_norm_epsilon": [1e-5],
@@ -786,7 +785,7 @@ def from_pretrained(name):
     with fineweb.reading(config_file, "a model's configuration"):
         if config_file.exists():
             config = json.loads(config_file.read_bytes())
-        for key, values in COMPUTED.items():
+        for key, values in SUPPORTED.items():
             if config.get(key, values[0]) not in values:
                 raise UserError(f"{path}: {key} is {config[key]!r}, {values[0]!r} is computed here")
     with fineweb.reading(path, "a whole GPT-2", SafetensorError):
@@ -809,7 +808,7 @@ def from_pretrained(name):
 
 
 def is_conv1d(name):
-    """Whether OpenAI's file has this matrix as (in, out), the other way round than nn.Linear."""
+    """Whether OpenAI's file has this matrix as (in, out), the transpose of nn.Linear's."""
     return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
 
@@ -821,7 +820,7 @@ def export_hf(model, tokenizer, folder):
         t = t.T if is_conv1d(name) else t
         tensors[f"transformer.{name}"] = t.detach().cpu().contiguous()
     tensors["transformer.wte.weight"] = model.wte.weight.detach().cpu()[: c.n_vocab].clone()
-    config = {key: values[0] for key, values in COMPUTED.items()}
+    config = {key: values[0] for key, values in SUPPORTED.items()}
     config |= {"vocab_size": c.n_vocab, "n_positions": c.block_size, "n_embd": c.n_embd}
     config |= {"n_layer": c.n_layer, "n_head": c.n_head, "tokenizer": tokenizer.name}
     config |= {"bos_token_id": tokenizer.eot_token, "eos_token_id": tokenizer.eot_token}
@@ -834,7 +833,7 @@ def export_hf(model, tokenizer, folder):
 
 
 def freeze(model, device):
-    """The model for use without training, on `device`, with its matrices as products need them.
+    """The model on `device`, not to be trained; its matrices in bf16 where products are.
 
     autocast casts a weight that gets no gradient at every call, so at every generated token; cast
     once, here, most of the time of a token is saved where products are in bf16.
@@ -904,9 +903,9 @@ def evaluate(args):
 
 
 def default_checkpoint():
-    """The run of the largest preset that is there."""
+    """The run of the last of PRESETS that has one, or else where that of the first would be."""
     paths = [Path(f"runs/{preset}/ckpt.pt") for preset in PRESETS]
-    return max((path for path in paths if path.exists()), default=paths[0], key=paths.index)
+    return ([path for path in paths if path.exists()] or paths[:1])[-1]
 
 
 # -----------------------------------------------------------------------------
@@ -993,7 +992,7 @@ def rank_zero_first():
 
 @functools.cache
 def patient_group():
-    """All ranks, which here wait a day instead of minutes: what rank 0 prepares may take hours."""
+    """All ranks, with a timeout of a day, not minutes: what rank 0 prepares may take hours."""
     return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
 
 
@@ -1026,7 +1025,7 @@ def flops_per_token(config):
 def hardware_use(flops_per_second):
     """Peak memory as text, and on GPUs MFU (model FLOPs utilization) where the peak is known."""
     if not torch.cuda.is_available():
-        status = Path("/proc/self/status")  # Linux tells it
+        status = Path("/proc/self/status")  # on Linux
         match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text() if status.exists() else "")
         return f" | {int(match[1]) / 1e6:.1f} GB" if match else ""
     text = f" | {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
@@ -1044,13 +1043,13 @@ compiled = functools.cache(torch.compile)  # once for each function
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """The summed cross-entropy of hidden states h (N, C) under a head W (V, C), by chunks of rows.
+    """The summed cross-entropy of hidden states h (rows, C) under a head W (V, C), in chunks.
 
     The gradient of -log softmax(z)[y] in z is softmax(z) - one_hot(y), known as soon as the logits
     are. So the forward pass computes it too, chunk after chunk, and the backward pass only hands it
     out:
 
-        for i in range(0, N, ROWS):
+        for i in range(0, len(h), ROWS):
             logits = h[i:i + ROWS] @ W.T                                   # (rows, V)
             loss += cross_entropy(logits, targets[i:i + ROWS])
             grad_logits = softmax(logits) - one_hot(targets[i:i + ROWS])
@@ -1074,13 +1073,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for i in range(0, len(h), ROWS):
             x = h[i : i + ROWS].to(dtype)
             target = targets[i : i + ROWS, None]
-            counts = target != -100
-            logits = torch.mm(x, W.T, out=buffer[: len(x)])
-            total += loss_and_gradient(logits, target, n_vocab)  # logits become their gradient
+            valid = target != -100
+            grad_logits = torch.mm(x, W.T, out=buffer[: len(x)])  # the logits, which the next line
+            total += loss_and_gradient(grad_logits, target, n_vocab)  # overwrites by their gradient
             if needs_h:
-                grad_h[i : i + ROWS] = logits @ W * counts
+                grad_h[i : i + ROWS] = grad_logits @ W * valid
             if grad_weight is not None:  # neither gradient in an evaluation
-                grad_weight += logits.T @ (x * counts)
+                grad_weight += grad_logits.T @ (x * valid)
         ctx.save_for_backward(grad_h, grad_weight)
         return total
 
@@ -1121,9 +1120,9 @@ def softmax_minus_one_hot(logits, target, n_vocab):
 def sinusoids(T, C, std):
     """Positions (T, C) that begin as sinusoids (Vaswani et al. 2017, section 3.5), then learn.
 
-    Their periods are 2, 4, 8 ... 2 T, in random orthogonal directions. GPT-2's learned positions
-    come to look like that too, but a short training has no time to find it: the column of a toy map
-    is a periodic function of the position, and was often not learned from random positions.
+    Their periods are 2, 4, 8 ... 2 T (at integers sin(pi t) is 0, hence t + 0.25), in random
+    orthogonal directions. GPT-2's learned positions come to look like that too, but a short run has
+    no time for it: from random positions it often did not learn the columns of the toy map.
     """
     periods = 2.0 ** torch.arange(1, math.log2(T) + 2)
     angles = 2 * math.pi * (torch.arange(T)[:, None] + 0.25) / periods
@@ -1135,9 +1134,9 @@ def sinusoids(T, C, std):
 class Muon(torch.optim.AdamW):
     """AdamW, except for groups with "muon": orthogonalized steps (Muon, Jordan et al. 2024).
 
-    A gradient U S V^T of a matrix has few large singular values S: steps along it move the few
-    directions that it is most about, and hardly the others. U V^T, with all singular values 1,
-    moves them all alike, and so learns rare things as fast as frequent ones:
+    The gradient U S V^T of a matrix has few large singular values S: a step along it moves a few
+    directions far and the others hardly at all. U V^T, with all singular values 1, moves all of
+    them equally far, so that rare things are learned sooner:
 
         momentum = 0.95 * momentum + grad
         update = orthogonalize(grad + 0.95 * momentum)                       # Nesterov's momentum
@@ -1233,7 +1232,7 @@ class Run:
             for name in ("step", "seconds", "skipped", "best"):
                 setattr(self, name, checkpoint[name])
             rows = read_log(self.out / "log.csv")
-            self.rows = [row for row in rows if row["step"] <= self.step]  # the others come again
+            self.rows = [row for row in rows if row["step"] <= self.step]  # later rows are redone
 
     def __enter__(self):
         self.out.mkdir(parents=True, exist_ok=True)
@@ -1337,7 +1336,7 @@ def save_checkpoint(path, content, keep=True):
     try:
         with fineweb.atomic_write(new) as file:
             torch.save({"format": FORMAT} | content, file)
-    except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of a full disk
+    except (OSError, RuntimeError) as error:  # PyTorch turns a full disk into a RuntimeError
         reason = getattr(error, "strerror", None) or "the disk did not take all of it"
         raise UserError(f"{path} cannot be written ({reason}): make room, and go on") from None
     if keep and path.exists():
@@ -1456,7 +1455,7 @@ def default_data(preset):
 
 
 def choose_setup(args, device):
-    """(preset, folder of shards): by flag; else the 124M with a GPU and data, or the toy setup."""
+    """(preset, folder of shards): by flag; else gpt2 (GPU, 100 M tokens), small (--data), tiny."""
     data = args.data or default_data("gpt2")
     preset = args.preset
     if preset is None:
@@ -1526,7 +1525,7 @@ def finish(run, model, tokenizer):
     for prompt in ("", "The ", "In the beginning"):
         length = min(model.config.block_size, 200)
         texts += complete(model, tokenizer, prompt, length, temperature=0.8, top_k=50)
-    with fineweb.atomic_write(run.out / "samples.txt", "w") as file:  # its end: the run is finished
+    with fineweb.atomic_write(run.out / "samples.txt", "w") as file:  # marks the run as finished
         file.writelines(f"--- {text}\n" for text in texts)
     print("".join(f"--- {text}\n" for text in texts))
     print(f"{run.seconds:.0f} s of training; {run.out} has checkpoint, log, curves and samples.")
