@@ -441,8 +441,9 @@ def get_micro_batches(train_set, captioner, recipe, seed, step):
     """This rank's micro-batches of a step: [(vision, packed captions, share of the targets)]."""
     chosen = train_gpt2.step_indices(seed, step, recipe.batch_size, len(train_set))
 
-    def targets(pictures):  # the tokens of all their captions
-        return sum(map(len, itertools.chain(*(train_set.captions[i] for i in pictures))))
+    def targets(pictures):  # the tokens of all their captions, as pack() cuts them
+        captions = itertools.chain(*(train_set.captions[i] for i in pictures))
+        return sum(min(len(ids), captioner.room) for ids in captions)
 
     mine = np.array_split(chosen, train_gpt2.world_size())[rank()]
     batches = []
@@ -461,7 +462,7 @@ def train(name, setup, args):
     torch.manual_seed(args.seed)
     captioner = build(name, *train_set.features.shape[1:], setup.decoder).to(device)
     if args.scst:  # continues from the bridge that was trained with cross-entropy
-        captioner = load_captioner(run_folder(name, args) / "best.pt", setup, args)
+        captioner = trained_bridge(run_folder(name, args), setup, args)
     recipe = choose_recipe(name, setup, len(train_set), args)
     optimizer = train_gpt2.configure_optimizer(captioner.bridge, recipe)
     identity = run_identity(name, captioner, setup, train_set, recipe, args)
@@ -487,12 +488,12 @@ def train(name, setup, args):
                 group["lr"] = lr * group["lr_scale"]
             loss, norm = train_gpt2.train_step(parallel, optimizer, micro_batches, recipe, device)
             run.count_step(loss, norm)
-            stop = run.stop_requested()
+            stop = run.stop_requested() and run.step < recipe.max_steps
             is_eval_step = run.step % recipe.eval_every == 0 or run.step == recipe.max_steps
             row = {}
             if run.step % recipe.log_every == 0 or run.step == 1 or is_eval_step or stop:
                 row = run.progress(loss, lr, norm, recipe.batch_size)
-            if is_eval_step:
+            if is_eval_step and not stop:
                 row |= validate(captioner, val_set, run, setup.tokenizer if args.scst else None)
             run.log(row)
             if is_eval_step or stop:
@@ -518,7 +519,7 @@ def validate(captioner, val_set, run, tokenizer=None):
         score = -row["cider"]
     if score < run.best and rank() == 0:
         run.best = score
-        content = {"run": run.identity, "bridge": captioner.bridge.state_dict()}
+        content = {"run": run.identity, "model": captioner.bridge.state_dict()}
         train_gpt2.save_checkpoint(run.out / "best.pt", content, keep=False)
     return row
 
@@ -612,7 +613,7 @@ def caption_loss(captioner, pictures, device, batch=50):
 
 
 def write_captions(captioner, vision, tokenizer, prompts=None, beams=1, **options):
-    """A caption for each picture of vision (B, S, D); prompts and options: generate()'s."""
+    """A caption for each picture of vision (B, S, D); prompts and options of one beam: generate()."""
     device = pick_device()
     rows = []
     batch = max(1, 250 // beams)
@@ -763,7 +764,7 @@ def compare_bridges(setup, args):
         columns[name] = evaluate(out, setup, args) | {"seconds": log[-1]["seconds"]}
     if len(steps) > 1:
         raise UserError("the runs have different budgets: give --restart, or another --out")
-    if setup.toy and setup.tokenizer.name == "tiny":
+    if setup.tokenizer.name == "tiny" and val_set.pictures[0]["scene"]:
         columns["map in words"] = map_facts(setup, val_set.pictures)
     if rank() == 0:
         path = run_folder("compare", args) / "curves.png"
@@ -809,6 +810,8 @@ def find_pictures(names):
             inside = sorted(path for path in name.iterdir() if path.suffix.lower() in KINDS)
         if not inside:
             raise UserError(f"{name} has no pictures ({' '.join(KINDS)}): name another folder")
+        if not inside[0].exists():
+            raise UserError(f"{name} is not there: check the path")
         paths += inside
     return paths
 
@@ -821,14 +824,14 @@ def sample(args):
     if len(paths) == 1:
         coco_eval.load_image(paths[0])  # fails here, before anything is trained
     setup = open_setup(args)
-    path = args.ckpt
-    if not path:
+    bridge = args.ckpt
+    if not bridge:
         out = run_folder(args.bridge, args, scst=args.scst)
-        path = out / "best.pt"
+        bridge = out / "best.pt"
         if args.restart or not list(out.glob("scores*.json")):
             print(f"missing    the bridge: training {args.bridge}", flush=True)
             evaluate(train(args.bridge, setup, args), setup, args)
-    captioner = load_captioner(path, setup, args)
+    captioner = load_captioner(bridge, setup, args)
     options = {"beams": args.beam or 1}
     if args.num or args.temperature is not None or args.top_p:
         temperature = 0.8 if args.temperature is None else args.temperature
@@ -860,9 +863,9 @@ def load_captioner(path, setup, args):
     here = {"lm": setup.decoder_name, "clip": setup.encoder.name}
     here["bridge"] = args.bridge or run["bridge"]
     for flag, value in here.items():
-        if run[flag].split()[-1] != value.split()[-1]:  # of "name fingerprint" the latter
-            reason = f"{path} was trained with --{flag} {run[flag]}, not {value}"
-            raise UserError(f"{reason}: name that one, or use --restart")
+        if str(run.get(flag)).split()[-1] != value.split()[-1]:  # of "name fingerprint" the latter
+            reason = f"{path} was trained with --{flag} {run.get(flag)}, not {value}"
+            raise UserError(f"{reason}: name that one, or train anew")
     captioner = build(run["bridge"], run["S"], run["D"], setup.decoder)
     captioner.bridge.load_state_dict(tensors)
     return captioner.eval().to(pick_device())
@@ -871,8 +874,10 @@ def load_captioner(path, setup, args):
 def read_bridge(path):
     """(what a bridge needs: decoder, CLIP ..., its tensors), from a checkpoint or an export."""
     if Path(path).suffix != ".safetensors":
-        checkpoint = train_gpt2.read_checkpoint(path, holds="bridge")
-        return checkpoint["run"], checkpoint["bridge"]
+        checkpoint = train_gpt2.read_checkpoint(path)
+        if "bridge" not in checkpoint["run"]:
+            raise UserError(f"{path} is not a bridge: name the best.pt of a run of caption.py")
+        return checkpoint["run"], checkpoint["model"]
     with fineweb.reading(path, "a bridge that --export wrote", SafetensorError, FileNotFoundError):
         with safe_open(path, "pt") as file:
             return json.loads(file.metadata()["run"]), {k: file.get_tensor(k) for k in file.keys()}
@@ -915,8 +920,8 @@ def load_pictures(setup, split):
 def cached_features(encoder, pictures, name):
     """Vision tokens of pictures [{"id", "path"}, ...]: a memory map (pictures, S, D), float16.
 
-    The file is named after a digest of CLIP and the pictures (path, size, time of change) and only
-    grows, so an interrupted pass resumes where it was. A picture that cannot be read is NaN.
+    The file is named after a digest of CLIP and the pictures (path, size, time of change). An
+    interrupted pass resumes with its last whole batch. A picture that cannot be read is NaN.
     """
     digest = hashlib.sha256(f"{encoder.name} 4x8".encode())
     for picture in pictures:
@@ -924,7 +929,6 @@ def cached_features(encoder, pictures, name):
         change = (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else None
         digest.update(f"{picture['id']} {path} {change}\n".encode("utf-8", "surrogateescape"))
     path = Path("data/features") / f"{name}-{digest.hexdigest()[:16]}.bin"
-    path.parent.mkdir(parents=True, exist_ok=True)
     shape = (len(pictures), 33, encoder.visual.transformer.width)
     batch_bytes = 2 * CLIP_BATCH * shape[1] * shape[2]
 
@@ -932,18 +936,21 @@ def cached_features(encoder, pictures, name):
         batch = pictures[i * CLIP_BATCH : (i + 1) * CLIP_BATCH]
         return torch.stack([prepared(encoder, picture) for picture in batch])
 
-    with open(path, "ab") as file:
-        if file.tell() < 2 * math.prod(shape):
-            with fineweb.lock(path):
-                done = file.tell() // batch_bytes
-                file.truncate(done * batch_bytes)
-                batches = math.ceil(len(pictures) / CLIP_BATCH)
-                loader = train_gpt2.prefetch(get_batch, done, batches, ahead=os.cpu_count())
-                options = {"initial": done, "total": batches, "unit_scale": CLIP_BATCH}
-                options |= {"desc": "vision tokens", "unit": " pictures", "disable": None}
-                for _, batch in tqdm(loader, **options):
-                    tokens = pool_tokens(encoder(batch)).cpu().numpy().astype(np.float16)
-                    file.write(tokens.tobytes())
+    if not path.exists():
+        part = path.with_suffix(".part")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+        with fineweb.lock(part), open(part, "ab") as file:
+            done = file.tell() // batch_bytes
+            file.truncate(done * batch_bytes)
+            batches = math.ceil(len(pictures) / CLIP_BATCH)
+            loader = train_gpt2.prefetch(get_batch, done, batches, min(os.cpu_count(), 16))
+            options = {"initial": done, "total": batches, "unit_scale": CLIP_BATCH}
+            options |= {"desc": "vision tokens", "unit": " pictures", "disable": None}
+            for _, batch in tqdm(loader, **options):
+                tokens = pool_tokens(encoder(batch)).cpu().numpy().astype(np.float16)
+                file.write(tokens.tobytes())
+        os.replace(part, path)
     return np.memmap(path, np.float16, "r", shape=shape)
 
 
@@ -1140,6 +1147,13 @@ def choose_recipe(name, setup, pictures, args):
     options = {"min_lr_ratio": 0.0, "weight_decay": 0.01, "eval_every": max(1, steps // 10)}
     recipe = Recipe(steps, batch, batch, lr, warmup, muon=muon, **options)
     return train_gpt2.with_flags(recipe, args)
+
+
+def trained_bridge(folder, setup, args):
+    """The Captioner of a run of cross-entropy that has come to its end."""
+    if not list(folder.glob("scores*.json")):
+        raise UserError(f"{folder} has no trained bridge: train it to its end, without --scst")
+    return load_captioner(folder / "best.pt", setup, args)
 
 
 def run_identity(name, captioner, setup, train_set, recipe, args):

@@ -732,13 +732,14 @@ def score_files(references_path, results_paths, out):
     """Score result files, print a table for each, and write everything to `out`."""
     references = read_references(references_path)
     systems = {}
-    for path in map(str, results_paths):
-        systems[path] = evaluate(references, read_results(path))
-        print(f"{path}\n{table(systems[path], len(references))}\n")
-    if len({frozenset(map(str, scores["per_image"])) for scores in systems.values()}) > 1:
+    for path in results_paths:
+        scores = evaluate(references, read_results(path))
+        systems[str(path)] = scores
+        print(f"{path}\n{table(scores, len(references))}\n")
+    if len({frozenset(each["per_image"]) for each in systems.values()}) > 1:
         print("they were scored on different pictures: their CIDEr cannot be compared")
     with fineweb.atomic_write(out, "w") as file:
-        json.dump(systems if len(systems) > 1 else systems[path], file)
+        json.dump(systems if len(systems) > 1 else scores, file)
     print(f"all scores, of each picture too: {out}")
 
 

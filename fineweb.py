@@ -382,8 +382,9 @@ def make_toy_text(folder):
     from pydoc_data.topics import topics  # 0.5 MB, in every Python installation
 
     folder = Path(folder)
+    source = f"toy text, {TOY_SCENE_BLOCKS:,} scenes"
     if folder.exists():
-        if read_tokens_info(folder)["source"] != "toy text":
+        if read_tokens_info(folder)["source"] != source:
             raise UserError(f"{folder} is not the toy text: rename it, or name it with --data")
         return
     tokenizer = get_tokenizer("tiny")
@@ -394,7 +395,7 @@ def make_toy_text(folder):
         write_shard(building / "tiny_train_000001.bin", np.concatenate([scenes, english[:border]]))
         write_shard(building / "english_val_000000.bin", english[border:])
         write_shard(building / "scenes_val_000000.bin", scene_blocks(800, tokenizer, seed=1))
-        write_tokens_info(building, "tiny", "toy text")
+        write_tokens_info(building, "tiny", source)
 
 
 def scene_blocks(number, tokenizer, seed):
@@ -549,11 +550,11 @@ def lock(folder):
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is at work in {folder}: wait for it") from None
         yield
-    except BlockingIOError:
-        reason = f"another process is at work in {folder}"
-        raise UserError(f"{reason}: wait, or choose another --out") from None
     finally:
         os.close(handle)
 

@@ -379,7 +379,7 @@ def get_micro_batches(dataset, recipe, seed, config, step):
     T = config.block_size
     windows = step_indices(seed, step, recipe.batch_size // T, dataset.num_windows(T))
     targets = np.minimum(len(dataset) - 1 - windows * T, T).sum()  # T each, but for the last window
-    mine = np.split(windows, world_size())[rank()]  # each rank takes its slice
+    mine = np.array_split(windows, world_size())[rank()]  # each rank takes its slice
     batches = []
     for part in np.array_split(mine, math.ceil(len(mine) / recipe.micro_batch)):
         x, y = pin(*dataset.get_batch(part, T, config.n_vocab))
@@ -417,7 +417,7 @@ class Recipe:
 
     max_steps: int
     batch_size: int  # tokens (bridges: pictures) for each update of the weights
-    micro_batch: int  # windows (pictures) computed at once; their gradients are accumulated
+    micro_batch: int  # windows (pictures) computed at once, at most; gradients are accumulated
     lr: float  # the highest learning rate
     warmup_steps: int
     min_lr_ratio: float = 0.1  # the lowest learning rate as a share of the highest
@@ -460,14 +460,13 @@ RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up
 
 
 def with_flags(recipe, args, T=1):
-    """The recipe with what the command line gives of it; UserError if ranks cannot share a step."""
+    """The recipe with what the command line gives of it; UserError if a step cannot be shared."""
     names = {field.name for field in dataclasses.fields(recipe)}
     given = {k: v for k, v in vars(args).items() if k in names and v is not None}
     recipe = dataclasses.replace(recipe, **given)
-    unit = T * world_size()
-    if recipe.batch_size % unit:
-        reason = f"a step of {recipe.batch_size:,} cannot be split into equal shares"
-        raise UserError(f"{reason}: give a multiple of {unit:,}")
+    if recipe.batch_size % T or recipe.batch_size < T * world_size():
+        reason = f"a step of {recipe.batch_size:,} on {world_size()} processes"
+        raise UserError(f"{reason}: give a multiple of {T:,}, at least {T * world_size():,}")
     warmup_steps = min(recipe.warmup_steps, math.ceil(recipe.max_steps / 10))  # of a short trial
     return dataclasses.replace(recipe, warmup_steps=warmup_steps)
 
@@ -564,7 +563,7 @@ def train(args):
                 group["lr"] = lr * group["lr_scale"]
             loss, norm = train_step(parallel, optimizer, micro_batches, recipe, device)
             run.count_step(loss, norm)  # run.step is now step + 1: the finished steps
-            stop = run.stop_requested()
+            stop = run.stop_requested() and run.step < recipe.max_steps
             is_eval_step = run.step % recipe.eval_every == 0 or run.step == recipe.max_steps
             row = {}
             if run.step % recipe.log_every == 0 or run.step == 1 or is_eval_step or stop:
@@ -1219,13 +1218,12 @@ class Run:
 
     def resume(self, model, optimizer):
         """Go on where the checkpoint in the folder stopped; UserError if it is of another run."""
-        paths = [self.path, self.path.with_suffix(".prev.pt")]
-        paths = [path for path in paths if path.exists() and not self.restart]
-        if paths:
-            checkpoint = read_checkpoint(paths[0])
+        path = self.path if self.path.exists() else self.path.with_suffix(".prev.pt")
+        if path.exists() and not self.restart:
+            checkpoint = read_checkpoint(path)
             for key, value in self.identity.items():
                 if checkpoint["run"].get(key) != value:
-                    reason = f"{paths[0]} was made with {key} {checkpoint['run'].get(key)}"
+                    reason = f"{path} was made with {key} {checkpoint['run'].get(key)}"
                     raise UserError(f"{reason}, not {value}: choose another --out, or --restart")
             model.load_state_dict(checkpoint["model"])
             optimizer.load_state_dict(checkpoint["optimizer"])
@@ -1233,6 +1231,9 @@ class Run:
                 setattr(self, name, checkpoint[name])
             rows = read_log(self.out / "log.csv")
             self.rows = [row for row in rows if row["step"] <= self.step]  # later rows are redone
+        steps = torch.tensor(float(self.step), device=pick_device())
+        if all_reduce(steps).item() != self.step * world_size():
+            raise UserError("the ranks found different checkpoints: --out must be shared by all")
 
     def __enter__(self):
         self.out.mkdir(parents=True, exist_ok=True)
@@ -1276,7 +1277,7 @@ class Run:
 
     def exit(self):
         """End the process as a signal would have."""
-        print(f"stopped after step {self.step:,}; the same command resumes it")
+        print(f"stopped after step {self.step:,}; the same command resumes it", flush=True)
         sys.exit(128 + (self.signal or signal.SIGTERM))
 
     def count_step(self, loss, norm):
@@ -1358,8 +1359,10 @@ def read_checkpoint(path, holds="run"):
             if parts.testzip():
                 raise zipfile.BadZipFile("its checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["format"] != FORMAT or holds not in checkpoint:
-            raise ValueError(f"format {checkpoint['format']} with {', '.join(checkpoint)}")
+        if checkpoint["format"] != FORMAT:
+            raise ValueError(f"format {checkpoint['format']}")
+    if holds not in checkpoint:
+        raise UserError(f"{path} is not {what}, but has {', '.join(checkpoint)}: name another")
     return checkpoint
 
 
@@ -1369,7 +1372,8 @@ def read_log(path):
         return []
     with fineweb.reading(path, "the log of a run"):
         rows = csv.DictReader(Path(path).read_text(encoding="utf-8").splitlines())
-        return [{key: float(value) for key, value in row.items() if value} for row in rows]
+        rows = [{key: float(value) for key, value in row.items() if value} for row in rows]
+        return sorted(rows, key=lambda row: row["step"])
 
 
 def draw_run(out):
@@ -1382,8 +1386,9 @@ def draw_run(out):
     panels = {"loss, nats per token": lines}
     titles = {"hellaswag": "HellaSwag, acc_norm by token mean (OpenAI: 0.2955)"}
     titles |= {"cider": "CIDEr-D of greedy captions"}
-    for name in [name for name in titles if name in columns]:
-        panels[titles[name]] = {"validation": curve(rows, name)}
+    for name, title in titles.items():
+        if name in columns:
+            panels[title] = {"validation": curve(rows, name)}
     draw_curves(Path(out) / "curves.png", panels)
 
 
