@@ -613,7 +613,7 @@ def caption_loss(captioner, pictures, device, batch=50):
 
 
 def write_captions(captioner, vision, tokenizer, prompts=None, beams=1, **options):
-    """A caption for each picture of vision (B, S, D); prompts and options of one beam: generate()."""
+    """A caption for each picture of vision (B, S, D); options as of generate(), of one beam."""
     device = pick_device()
     rows = []
     batch = max(1, 250 // beams)
