@@ -66,6 +66,14 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="session", autouse=True)
+def signals():
+    """The usual handlers, also where the tests themselves run under nohup or with "&"."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def bpe():
     """The GPT-2 vocabulary, where there is real data."""
     if REAL.is_dir():
