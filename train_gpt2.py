@@ -465,8 +465,8 @@ def with_flags(recipe, args, T=1):
     given = {k: v for k, v in vars(args).items() if k in names and v is not None}
     recipe = dataclasses.replace(recipe, **given)
     if recipe.batch_size % T or recipe.batch_size < T * world_size():
-        reason = f"a step of {recipe.batch_size:,} on {world_size()} processes"
-        raise UserError(f"{reason}: give a multiple of {T:,}, at least {T * world_size():,}")
+        what_to_do = f"give a multiple of {T:,}, at least {T * world_size():,}"
+        raise UserError(f"a step of {recipe.batch_size:,} cannot be shared out: {what_to_do}")
     warmup_steps = min(recipe.warmup_steps, math.ceil(recipe.max_steps / 10))  # of a short trial
     return dataclasses.replace(recipe, warmup_steps=warmup_steps)
 
@@ -892,7 +892,7 @@ def evaluate(args):
     else:
         print("no validation loss: there are no shards (python fineweb.py downloads them)")
     if tokenizer.name != "gpt2" or model.config.block_size < 256:
-        print("no HellaSwag: its items are longer than the context of this model")
+        print("no HellaSwag: it needs GPT-2's tokens and a context of 256")
         return
     with rank_zero_first():
         examples = hellaswag.subset(hellaswag.load_examples(), args.limit)
