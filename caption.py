@@ -13,7 +13,8 @@ pixels that is trained here, and the decoder of `python train_gpt2.py`. It has r
 of 32 words after <|endoftext|> (fineweb.py, "The toy text"); linear and qformer put vectors in
 those places and learn to make them look like the words to the decoder. With --data FOLDER
 (COCO 2017, or your own pictures in its layout) the same code joins CLIP ViT-L/14 to GPT-2 124M. A
-run lives in runs/<setup>-<bridge>/: ckpt.pt, best.pt, log.csv, curves.png, grid.png, scores.json.
+run lives in runs/<setup>-<bridge>/: ckpt.pt, best.pt, log.csv, curves.png; its evaluation adds
+results.json, scores.json, grid.png.
 
 Chapters: 1 the image encoder, 2 the three bridges, 3 the captioner, 4 training a bridge, 5
 self-critical training, 6 evaluation and comparison, 7 your own pictures. Appendices: A vision
@@ -105,6 +106,7 @@ def pool_tokens(tokens):
 #   linear     S vectors, a linear map of each vision token     before the text   the map
 #   qformer    32 vectors, gathered by learned queries          before the text   up to 4 layers
 #   cross      attention to the vision tokens, per block        inside            map, attention
+#   blind      what linear makes of zeros, to compare with      before the text   the map
 #
 # Each has the same two methods: prefix(vision) gives the vectors before the text, or None;
 # before_block(vision) gives a function (i, x) that changes x before block i of the decoder, or
@@ -1000,7 +1002,7 @@ def open_setup(args):
             print("missing    the decoder: python train_gpt2.py", *flags, flush=True)
             train_gpt2.main(flags)  # on all ranks
         with train_gpt2.rank_zero_first():
-            if not data.exists():
+            if not (data / "unseen").exists():
                 print(f"missing    the pictures: drawing them in {data}", flush=True)
                 coco_eval.make_shapes(data)
             if not args.clip and not Path(clip).exists():
@@ -1135,7 +1137,7 @@ FULL_RATES = {"linear": (2e-3, 0), "cross": (4e-4, 0), "qformer": (4e-4, 0), "bl
 
 
 def choose_recipe(name, setup, pictures, args):
-    """The three bridges share one budget; only the learning rates are each one's own."""
+    """All bridges share one budget; only the learning rates are each one's own."""
     lr, muon = (TOY_RATES if setup.toy else FULL_RATES)[name]
     batch = args.batch_size or (32 if setup.toy else 64)
     steps = 600 if setup.toy else math.ceil(4 * pictures / batch)

@@ -385,7 +385,8 @@ def make_toy_text(folder):
     source = f"toy text, {TOY_SCENE_BLOCKS:,} scenes"
     if folder.exists():
         if read_tokens_info(folder)["source"] != source:
-            raise UserError(f"{folder} is not the toy text: rename it, or name it with --data")
+            reason = f"{folder} is not the toy text of this version"
+            raise UserError(f"{reason}: rename it, or name it with --data")
         return
     tokenizer = get_tokenizer("tiny")
     english = np.concatenate([encode_document(topics[key], tokenizer) for key in sorted(topics)])

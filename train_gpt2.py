@@ -252,7 +252,7 @@ def generate(model, idx, max_new_tokens, prefix=None, stop=-1, before_block=None
     Here a KV cache keeps what was computed, and a full context drops its older half at once
     (test_cached_equals_uncached_beyond_the_context).
     prefix: vectors (B, P, C) before the ids, which then begin at position P; idx may be (B, 0).
-    stop: a token that ends its row, which is then filled up with it. before_block: see
+    stop: a token that ends its row, which is then filled up with it (-1: none). before_block: see
     GPT.hidden_states(). sampling: see sample_token().
     """
     P = 0 if prefix is None else prefix.size(1)
