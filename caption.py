@@ -475,7 +475,7 @@ def train(name, setup, args):
         return out
     parameters = sum(p.numel() for p in captioner.bridge.parameters())
     print(f"bridge     {out}: {parameters:,} trainable parameters", flush=True)
-    parallel = train_gpt2.parallelize(captioner, device, compile=False)
+    parallel = train_gpt2.parallelize(captioner, compile=False)
     if args.scst:
         batches = sampled_batches(train_set, captioner, setup.tokenizer, recipe, run.step, args)
     else:

@@ -1202,6 +1202,26 @@ def test_endings_have_the_losses_of_one_at_a_time():
     assert_losses_are_plain_ones(model, items)
 
 
+def test_endings_have_their_losses_compiled_too(monkeypatch):
+    """HellaSwag on a GPU runs compiled: other losses, or a compilation for each shape."""
+    tokenizer = fineweb.get_tokenizer("tiny")
+    config = GPTConfig(40, 448, 2, 2, 32, init_std=0.3, vocab_padding=17)
+    model = small_model(config=config)
+    items = [hellaswag.render(example, tokenizer) for example in made_items(150)]
+    shapes = []
+
+    def compiled(function):
+        function = torch.compile(function, backend="aot_eager")
+        return lambda x, mask: shapes.append(x.shape) or function(x, mask)
+
+    monkeypatch.setattr(train_gpt2, "compiled", compiled)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert_losses_are_plain_ones(model, items)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert 0 < graphs < len(set(shapes)) / 2
+
+
 def test_accuracies_are_those_of_the_losses(capsys):
     """Both HellaSwag metrics: what they divide by."""
     tokenizer = fineweb.get_tokenizer("tiny")
@@ -1660,7 +1680,7 @@ def train_together(rank, size, port, tiny, out):
     train_set, val_sets = train_gpt2.open_shards(tiny)
     recipe = Recipe(3, 8 * 64, max(1, 4 // size), 1e-3, 1, muon=20, eval_tokens=64 * 21)
     model = small_model(config=train_gpt2.PRESETS["tiny"])
-    net = train_gpt2.parallelize(model, CPU)
+    net = train_gpt2.parallelize(model)
     sums = []
     if size > 1:  # count how often the gradients are summed
         net.register_comm_hook(sums, count_sums)
@@ -1677,7 +1697,7 @@ def train_together(rank, size, port, tiny, out):
     results += train_gpt2.evaluate_hellaswag(model, items, CPU).values()
     pictures = some_pictures(9)
     captioner = small_captioner("cross")
-    net = train_gpt2.parallelize(captioner, CPU, compile=False)
+    net = train_gpt2.parallelize(captioner, compile=False)
     recipe = Recipe(3, 7, 8, 1e-2, 1)  # 4 pictures and 3
     get = functools.partial(caption.get_micro_batches, pictures, captioner, recipe, 0)
     for loss, norm in itertools.islice(steps(net, recipe, get), 3):

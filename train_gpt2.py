@@ -554,7 +554,7 @@ def train(args):
     run.resume(model, optimizer)
     describe(run, preset, data, model, train_set, device)
     items = load_hellaswag(tokenizer) if preset.startswith("gpt2") else []
-    parallel = parallelize(model, device)  # DDP and torch.compile, where they apply
+    parallel = parallelize(model)  # DDP and torch.compile, where they apply
     get_batches = functools.partial(get_micro_batches, train_set, recipe, args.seed, config)
     with run:
         for step, micro_batches in prefetch(get_batches, run.step, recipe.max_steps):
@@ -696,6 +696,7 @@ def ending_losses(model, items, device):
     sizes = np.array([len(item.context) + sum(map(len, item.endings)) for item in items])
     order = np.argsort(-sizes, kind="stable")  # the longest first: out of memory comes early
     losses = np.zeros((len(items), 4))
+    hidden_states = compiled(model.hidden_states)
     begin = 0
     while begin < len(items):  # items of like length together
         chosen = order[begin : begin + max(1, tokens_at_once // sizes[order[begin]])]
@@ -704,7 +705,7 @@ def ending_losses(model, items, device):
             room = model.config.block_size - max(map(len, item.endings))
             rows.append((item.context[-room:], item.endings))  # too long: cut from the left
         packed = pack(rows).to(device)
-        h = model.hidden_states(model.embed(packed.idx, packed.positions), packed.mask)
+        h = hidden_states(model.embed(packed.idx, packed.positions), packed.mask)
         loss = model.loss(packed.at_source(h), packed.targets, "none").double()  # (B, N)
         each = [(loss * (packed.owner == k)).sum(1) for k in range(4)]
         losses[chosen] = torch.stack(each, 1).cpu().numpy()
@@ -995,18 +996,24 @@ def patient_group():
     return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
 
 
-def parallelize(model, device, compile=True):
+def parallelize(model, compile=True):
     """The model as it is trained: with DDP on several ranks, and compiled on GPUs."""
     if world_size() > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    if compile and device.type == "cuda" and can_compile():
-        model = torch.compile(model)
-    return model
+    return compiled(model) if compile else model
+
+
+@functools.cache  # once for each function
+def compiled(function):
+    """A function or model through torch.compile, on a GPU where that works."""
+    return torch.compile(function) if can_compile() else function
 
 
 @functools.cache
 def can_compile():
     """Whether torch.compile works here, on a GPU; if not, says so once."""
+    if not torch.cuda.is_available():
+        return False
     try:
         torch.compile(torch.sin)(torch.ones(1, device=pick_device()))
         return True
@@ -1038,7 +1045,6 @@ def hardware_use(flops_per_second):
 # Appendix B: the loss without the logits of a whole batch
 
 ROWS = 2048  # of logits that exist at a time
-compiled = functools.cache(torch.compile)  # once for each function
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -1094,7 +1100,7 @@ def loss_and_gradient(logits, target, n_vocab):
     target: (rows, 1); where it is -100 the loss is 0 and the gradient means nothing. On CUDA this
     is one compiled function, so that the logits are read twice and written once.
     """
-    if logits.is_cuda and can_compile():
+    if logits.is_cuda:
         return compiled(softmax_minus_one_hot)(logits, target, n_vocab)
     rows = max(1, 500_000 // logits.size(1))  # as many as fit into a CPU's cache in fp32
     pieces = zip(logits.split(rows), target.split(rows), strict=True)
