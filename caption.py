@@ -1132,21 +1132,22 @@ def clip_texts(captions):
 # Appendix C: the recipe and the folder of a run
 
 # the highest learning rate, and Muon's as a multiple of it (0: AdamW alone)
-TOY_RATES = {"linear": (1e-2, 4), "cross": (2e-3, 5), "qformer": (2e-3, 5), "blind": (1e-2, 4)}
-FULL_RATES = {"linear": (2e-3, 0), "cross": (4e-4, 0), "qformer": (4e-4, 0), "blind": (2e-3, 0)}
+TOY_RATES = {"linear": (2e-2, 1.4), "cross": (1.4e-3, 5), "qformer": (1.4e-3, 5)}
+FULL_RATES = {"linear": (2e-3, 0), "cross": (4e-4, 0), "qformer": (4e-4, 0)}
 
 
 def choose_recipe(name, setup, pictures, args):
     """All bridges share one budget; only the learning rates are each one's own."""
-    lr, muon = (TOY_RATES if setup.toy else FULL_RATES)[name]
-    batch = args.batch_size or (32 if setup.toy else 64)
-    steps = 600 if setup.toy else math.ceil(4 * pictures / batch)
+    rates = TOY_RATES if setup.toy else FULL_RATES
+    lr, muon = rates["linear" if name == "blind" else name]
+    batch = args.batch_size or (16 if setup.toy else 64)
+    steps = 1_200 if setup.toy else math.ceil(4 * pictures / batch)
     if args.scst:  # a step samples captions, which takes longer, and only corrects
         steps = math.ceil(steps / 6)
         lr /= 10
     steps = args.max_steps or steps
     warmup = max(1, round(0.03 * steps))
-    options = {"min_lr_ratio": 0.0, "weight_decay": 0.01, "eval_every": max(1, steps // 10)}
+    options = {"cooldown": 0.6, "weight_decay": 0.01, "eval_every": max(1, steps // 10)}
     recipe = Recipe(steps, batch, batch, lr, warmup, muon=muon, **options)
     return train_gpt2.with_flags(recipe, args)
 

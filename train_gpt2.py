@@ -420,7 +420,6 @@ class Recipe:
     micro_batch: int  # windows (pictures) computed at once, at most; gradients are accumulated
     lr: float  # the highest learning rate
     warmup_steps: int
-    min_lr_ratio: float = 0.1  # the lowest learning rate as a share of the highest
     cooldown: float = 0.0  # share of the steps in which the rate falls linearly; 0: a cosine
     muon: float = 0.0  # the rate of Muon's matrices as a multiple of lr; 0: all is AdamW's
     weight_decay: float = 0.1
@@ -483,10 +482,10 @@ def get_lr(step, recipe):
     # 2) with a cooldown: flat, then linear to 0 in the last steps
     if recipe.cooldown:
         return recipe.lr * min(1, (1 - step / recipe.max_steps) / recipe.cooldown)
-    # 3) without: a cosine, from lr at progress 0 down to min_lr_ratio * lr at progress 1
+    # 3) without: a cosine, from lr at progress 0 down to a tenth of it at progress 1
     progress = (step - recipe.warmup_steps) / max(recipe.max_steps - recipe.warmup_steps, 1)
     cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
-    return recipe.lr * (recipe.min_lr_ratio + (1 - recipe.min_lr_ratio) * cosine)
+    return recipe.lr * (0.1 + 0.9 * cosine)
 
 
 def configure_optimizer(model, recipe):
