@@ -158,7 +158,7 @@ class QFormerBridge(nn.Module):
         self.P = min(32, S - 1)  # no query for the class token
         self.linear = LinearBridge(S, D, decoder)
         self.ln = nn.LayerNorm(C)
-        n_layer = min(4, decoder.config.n_layer // 2)
+        n_layer = max(1, min(4, decoder.config.n_layer // 3))
         self.layers = nn.ModuleList(QFormerLayer(decoder.config) for _ in range(n_layer))
         self.ln_f = nn.LayerNorm(C)
         self.project = nn.Linear(C, C)
