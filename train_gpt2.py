@@ -443,7 +443,8 @@ PRESETS = {  # T, rows of the token table, layers, heads, C, init_std
 }
 RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up
     # in a few minutes GPT-2's own recipe does not teach it to read maps; Muon and sinusoids do
-    "tiny": Recipe(1_900, 1_536, 24, 1e-3, 40, muon=20, eval_every=190, eval_tokens=20_480),
+    "tiny": Recipe(
+        1_900, 1_536, 24, 1e-3, 40, cooldown=0.5, muon=20, eval_every=190, eval_tokens=20_480),
     "small": Recipe(500, 8_192, 16, 2e-3, 50, eval_every=50, eval_tokens=16_384),
     # GPT-3's recipe: 19,073 steps of 524,288 tokens are 10.0 B, 715 of them 375 M
     "gpt2": Recipe(19_073, 524_288, 16, 6e-4, 715),
