@@ -530,7 +530,7 @@ def validate(captioner, val_set, run, tokenizer=None):
 # 5. Self-critical training: captions that are trained on their score
 
 SAMPLES = 5  # K captions of each picture
-ANCHOR = 0.8  # weight of the references' cross-entropy; rewards lie between 0 and 10
+ANCHOR = 0.5  # weight of the references' cross-entropy; rewards lie between 0 and 10
 END = "<end>"  # a word of the reward
 
 
