@@ -255,7 +255,7 @@ def encode_all(documents, tokenizer):
 # there: as two words they took too long to learn. The number comes right after the map, as it will
 # in captions of pictures: without that, one decoder in three gets only .9 of the numbers right. The
 # two objects are in random order: in map order, the decoder learns to walk along the map instead of
-# looking an object up. Without their sizes, one in three reads only .7 of the sizes right. Relations
+# looking an object up. Without their sizes, one in three reads only .7 of them right. Relations
 # are the hardest to learn, so four of the eight captions from which a document draws are relations.
 
 COLORS = ("red", "green", "blue", "yellow", "pink", "white")
