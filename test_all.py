@@ -156,6 +156,27 @@ def test_tiny_tokenizer_is_lossless_and_knows_the_words():
     assert train_gpt2.PRESETS["tiny"].n_vocab == tokenizer.n_vocab
 
 
+def test_scene_documents_are_true_and_tell_sizes():
+    """Documents that say something false, or that leave out places, sizes or numbers."""
+    rng = random.Random(0)
+    numbers = 0
+    pairs = 0
+    for _ in range(300):
+        scene = fineweb.random_scene(rng)
+        told = {f"{fineweb.object_name(thing)} {fineweb.place(thing)} {thing['size']}"
+                for thing in scene["objects"]}
+        first, *lines = fineweb.scene_document(scene, rng).split("\n")
+        assert first == fineweb.scene_map(scene)
+        numbers += lines[0].startswith("there are")
+        for line in lines:
+            assert False not in coco_eval.facts(line, scene).values()
+            pair = line.split(", ")
+            if set(pair) <= told:
+                assert len(set(pair)) == 2
+                pairs += 1
+    assert 40 < numbers < 130 and 210 < pairs < 270
+
+
 def test_shards_keep_their_tokens(tmp_path):
     """Shards that llm.c would not read, or that lose tokens."""
     tokens = np.random.default_rng(0).integers(0, 65536, 1000).astype(np.uint16)
