@@ -1233,20 +1233,20 @@ def main():
         raise UserError("give --bridge linear, cross or qformer, or --compare, or --ckpt")
     sampling = ("--num", "--temperature", "--top-p")
     if args.beam:
-        parser.refuse(args, "--beam", *sampling)
+        parser.refuse("--beam", *sampling)
     if args.compare:
-        parser.refuse(args, "--compare", "--bridge", "--beam", "--scst")
+        parser.refuse("--compare", "--bridge", "--beam", "--scst")
     else:
-        parser.refuse(args, "one bridge", "--seeds")
+        parser.refuse("one bridge", "--seeds")
     if not args.sample:
-        parser.refuse(args, "anything but --sample", *sampling, "--grid", "--ckpt")
+        parser.refuse("anything but --sample", *sampling, "--grid", "--ckpt")
     training = ("--steps", "--lr", "--batch", "--micro-batch", "--restart")
     if args.ckpt:
-        parser.refuse(args, "--ckpt", *training, "--out", "--scst")
+        parser.refuse("--ckpt", *training, "--out", "--scst")
     if args.eval or args.export:
-        parser.refuse(args, "a trained bridge", *training)
+        parser.refuse("a trained bridge", *training)
     if args.export:
-        parser.refuse(args, "--export", "--beam")
+        parser.refuse("--export", "--beam")
     train_gpt2.join_processes()
     if args.export:
         export(args)

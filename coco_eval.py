@@ -755,9 +755,9 @@ def main():
     parser.add_argument("--val-only", action="store_true", help="its validation pictures: 1.1 GB")
     args = parser.parse_args()
     if not args.download:
-        parser.refuse(args, "anything but --download", "--val-only")
+        parser.refuse("anything but --download", "--val-only")
     if not args.results:
-        parser.refuse(args, "anything but --results", "--references", "--out")
+        parser.refuse("anything but --results", "--references", "--out")
     if args.download:
         download_coco(args.download, args.val_only)
     elif args.make_shapes:

@@ -436,7 +436,7 @@ def main():
     parser.add_argument("--out", help="new folder (FineWeb-Edu: data/fineweb_edu)")
     args = parser.parse_args()
     if args.text:
-        parser.refuse(args, "--text", "--tokens")
+        parser.refuse("--text", "--tokens")
         if not args.out:
             raise UserError("--text needs a new folder for its shards: give --out")
         text_to_shards(args.text, args.out)
@@ -485,12 +485,15 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (--help shows the flags)")
 
-    def refuse(self, args, task, *flags):
+    def parse_args(self, arguments=None):
+        words = sys.argv[1:] if arguments is None else arguments
+        self.given = {word.split("=")[0] for word in words}
+        return super().parse_args(arguments)
+
+    def refuse(self, task, *flags):
         """UserError when one of `flags` was given, which would do nothing for `task`."""
-        for action in self._actions:
-            given = getattr(args, action.dest, action.default) != action.default
-            if given and set(action.option_strings) & set(flags):
-                flag = action.option_strings[0]
+        for flag in flags:
+            if flag in self.given:
                 raise UserError(f"{flag} does nothing for {task}: leave one of them out")
 
 

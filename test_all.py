@@ -510,7 +510,7 @@ def test_too_little_text_and_two_at_once_are_refused(tmp_path, monkeypatch):
     ("fineweb.py", ["--text", "a.txt", "--tokens", "1B"], ["--tokens", "--text"]),
     ("coco_eval.py", ["--make-shapes", "x", "--val-only"], ["--val-only"]),
     ("train_gpt2.py", ["--seed", "-1"], ["--seed"]),
-    ("train_gpt2.py", ["--temperature", "0"], ["--temperature", "training"]),
+    ("train_gpt2.py", ["--temperature=0.8"], ["--temperature", "training"]),
     ("train_gpt2.py", ["--eval", "--steps", "5"], ["--steps"]),
     ("fineweb.py", ["--text", "a.txt"], ["--out"]),
     ("caption.py", ["--compare", "--beam", "5"], ["--beam"]),

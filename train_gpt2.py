@@ -1576,17 +1576,17 @@ def main(arguments=None):
     recipe += ("--eval-every", "--restart")
     sampling = ("--max-new-tokens", "--temperature", "--top-k", "--top-p", "--num")
     if args.sample is not None:
-        parser.refuse(args, "--sample", *recipe, "--limit", "--data")
+        parser.refuse("--sample", *recipe, "--limit", "--data")
         sample(args)
     elif args.eval:
-        parser.refuse(args, "--eval", *recipe, *sampling)
+        parser.refuse("--eval", *recipe, *sampling)
         evaluate(args)
     elif args.export_hf:
-        parser.refuse(args, "--export-hf", *recipe, *sampling, "--limit", "--data")
+        parser.refuse("--export-hf", *recipe, *sampling, "--limit", "--data")
         model, tokenizer, _ = load_model(args.ckpt or default_checkpoint())
         export_hf(model, tokenizer, args.export_hf)
     else:
-        parser.refuse(args, "training", "--ckpt", "--limit", *sampling)
+        parser.refuse("training", "--ckpt", "--limit", *sampling)
         train(args)
 
 
