@@ -1132,7 +1132,7 @@ def clip_texts(captions):
 # Appendix C: the recipe and the folder of a run
 
 # the highest learning rate, and Muon's as a multiple of it (0: AdamW alone)
-TOY_RATES = {"linear": (2e-2, 1.4), "cross": (1.4e-3, 5), "qformer": (1.4e-3, 5)}
+TOY_RATES = {"linear": (2.8e-2, 1.4), "cross": (1e-2, 2), "qformer": (7e-3, 2)}
 FULL_RATES = {"linear": (2e-3, 0), "cross": (4e-4, 0), "qformer": (4e-4, 0)}
 
 
@@ -1140,10 +1140,10 @@ def choose_recipe(name, setup, pictures, args):
     """All bridges share one budget; only the learning rates are each one's own."""
     rates = TOY_RATES if setup.toy else FULL_RATES
     lr, muon = rates["linear" if name == "blind" else name]
-    batch = args.batch_size or (16 if setup.toy else 64)
-    steps = 1_200 if setup.toy else math.ceil(4 * pictures / batch)
+    batch = args.batch_size or (32 if setup.toy else 64)
+    steps = 600 if setup.toy else math.ceil(4 * pictures / batch)
     if args.scst:  # a step samples captions, which takes longer, and only corrects
-        steps = math.ceil(steps / 6)
+        steps = math.ceil(steps / 2)
         lr /= 10
     steps = args.max_steps or steps
     warmup = max(1, round(0.03 * steps))
