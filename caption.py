@@ -995,7 +995,7 @@ def open_setup(args):
         tiny = f"runs/tiny{seed_suffix(args)}"
         lm = args.lm or f"{tiny}/ckpt.pt"
         print("setup      toy: its bridges know colored shapes only. For photographs on a laptop:")
-        print("           python coco_eval.py --download --val-only   (1.1 GB; models 2.3 GB; 1-4 h)")
+        print("           python coco_eval.py --download --val-only   (1.1 + 2.3 GB, 1 to 4 h)")
         print(f"           python caption.py --data data/coco --bridge {args.bridge or 'linear'}")
         if not args.lm and not Path(tiny, "samples.txt").exists():  # a run writes it at its end
             flags = ["--preset", "tiny", "--seed", str(args.seed), "--out", tiny]
