@@ -545,14 +545,14 @@ def sampled_batches(train_set, captioner, tokenizer, recipe, first_step, args):
         rewards = [cider(sample) for sample in samples]
         for k in range(K):
             baseline = mean of the other rewards                         # Luo 2020
-            loss -= (rewards[k] - baseline) * log_p(samples[k])
-            loss -= ANCHOR * log_p(references[k])
+            loss -= (rewards[k] - baseline) * log_p(samples[k]) / K
+            loss -= ANCHOR * log_p(references[k]) / K
 
     The baseline does not depend on the sample, so on average it changes nothing; it takes away most
     of the noise: a caption that is as good as the others is left alone. The end counts as a word,
-    or captions would end in "on a". The references' cross-entropy stays in the loss, with a small
-    weight: without it the bridge forgets what the best-scored kind of caption does not say. The
-    printed loss is no measure of quality; only its gradient means something.
+    or captions would end in "on a". The references' cross-entropy stays in the loss: without it the
+    bridge forgets what the best-scored kind of caption does not say. The printed loss is no measure
+    of quality; only its gradient means something.
     test_self_critical_gradient_equals_the_exact_one
     """
     device = pick_device()
@@ -672,8 +672,8 @@ def score_captions(captioner, pictures, tokenizer, beams=1):
 def evaluate(out, setup, args, beam=None):
     """Score the best bridge of a run on the validation pictures: print, write files, return a dict.
 
-    The files are results.json, scores.json, grid.png. "shuffled": each caption with the tokens of
-    another picture; what is right then was guessed.
+    The files are results.json, scores.json, grid.png (of beam search: results_beam.json ...).
+    "shuffled": each caption with the tokens of another picture; what is right then was guessed.
     """
     device = pick_device()
     tokenizer = setup.tokenizer
@@ -995,7 +995,7 @@ def open_setup(args):
         tiny = f"runs/tiny{seed_suffix(args)}"
         lm = args.lm or f"{tiny}/ckpt.pt"
         print("setup      toy: its bridges know colored shapes only. For photographs on a laptop:")
-        print("           python coco_eval.py --download --val-only   (1.1 + 2.3 GB, 1 to 4 h)")
+        print("           python coco_eval.py --download --val-only   (1.1 + 2.3 GB, up to 4 h)")
         print(f"           python caption.py --data data/coco --bridge {args.bridge or 'linear'}")
         if not args.lm and not Path(tiny, "samples.txt").exists():  # a run writes it at its end
             flags = ["--preset", "tiny", "--seed", str(args.seed), "--out", tiny]

@@ -5,7 +5,8 @@ some minutes on two cores.
 Where an oracle exists, it is the judge: transformers, pycocoevalcap, a float64 or brute-force
 version, the same run without interruption or on other numbers of processes. REAL_DATA names a
 folder of real data; tests that need it, or a package that is not installed, are skipped by name.
-MEASURE=1 adds those that measure for half an hour or more (-s shows it).
+MEASURE=1 adds those that measure for half an hour or more (-s shows it), some beside a peer: PEER
+names the folder of nanoGPT's model.py; others need transformers, or pycocoevalcap and Java.
 
 Chapters in the order of the files: fineweb.py, hellaswag.py, train_gpt2.py, coco_eval.py,
 caption.py. The first line of a test says what would be broken.
