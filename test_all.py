@@ -1753,29 +1753,34 @@ def test_one_two_and_four_processes_have_the_same_losses(tiny, tmp_path):
         assert sums <= 2 * 3  # of 3 steps; of buckets there is one, in the first step two
 
 
-def one_hangs(rank, port, out):
-    """Rank 1 does not answer; rank 0 waits for it in a run, here for six seconds at most."""
+def disagree_then_hang(rank, port, out):
+    """The ranks are at different steps, which they notice; then rank 1 does not answer, and rank 0
+    waits for it, here for six seconds at most."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     values = (rank, 2, rank, "127.0.0.1", port)
     os.environ.update(zip(names, map(str, values), strict=True))
     seconds = train_gpt2.datetime.timedelta(seconds=6)
     train_gpt2.datetime = types.SimpleNamespace(timedelta=lambda **_: seconds)
     train_gpt2.join_processes()
+    run = train_gpt2.Run(Path(out).parent, {}, train_gpt2.RECIPES["tiny"], "tokens")
+    run.step = rank  # as if each had a folder of its own
+    with pytest.raises(UserError, match="different checkpoints"):
+        run.resume(None, None)
     if rank == 1:
         time.sleep(15)
         os._exit(0)
     try:
-        with train_gpt2.Run(Path(out).parent, {}, train_gpt2.RECIPES["tiny"], "tokens") as run:
+        with run:
             run.stop_requested()
     except UserError as error:
         Path(out).write_text(str(error))
     os._exit(0)
 
 
-def test_a_rank_that_hangs_is_named_in_one_line(tmp_path):
-    """Ranks that wait for ever for one that does not answer, or end in a traceback."""
+def test_ranks_that_disagree_or_hang_are_named_in_one_line(tmp_path):
+    """Ranks that train from different steps, wait for ever for another, or end in a traceback."""
     out = tmp_path / "error.txt"
-    torch.multiprocessing.spawn(one_hangs, (free_port(), str(out)), nprocs=2)
+    torch.multiprocessing.spawn(disagree_then_hang, (free_port(), str(out)), nprocs=2)
     assert "another rank does not answer" in out.read_text()
 
 
