@@ -147,29 +147,23 @@ class BlindBridge(LinearBridge):
 class QFormerBridge(nn.Module):
     """Learned queries gather what a caption needs (BLIP-2, Li et al. 2023, section 3.1).
 
-    BLIP-2 begins with BERT's weights and a first stage that has losses of its own. Here it begins
-    close to the linear bridge: in the first layer query i finds the token at position i + 1 and
-    passes it on, and all else adds nothing yet.
+    BLIP-2 begins with BERT's weights and a first stage that has losses of its own; here all begins
+    at random and learns from the captions alone.
     """
 
     def __init__(self, S, D, decoder):
         super().__init__()
         C = decoder.config.n_embd
-        self.P = min(32, S - 1)  # no query for the class token
+        self.P = min(32, S - 1)
         self.linear = LinearBridge(S, D, decoder)
+        nn.init.normal_(self.linear.positions, std=token_scale(decoder))
+        self.queries = nn.Parameter(0.02 * torch.randn(self.P, C))
         self.ln = nn.LayerNorm(C)
         n_layer = max(1, min(4, decoder.config.n_layer // 3))
         self.layers = nn.ModuleList(QFormerLayer(decoder.config) for _ in range(n_layer))
         self.ln_f = nn.LayerNorm(C)
         self.project = nn.Linear(C, C)
-        scale = token_scale(decoder)
-        positions = torch.randn(S, C)  # no two alike, so a query recognizes its token
-        self.linear.positions.data = positions * scale
-        self.queries = nn.Parameter(positions[1 : self.P + 1].clone())
-        first = self.layers[0].cross_attn
-        nn.init.eye_(first.c_attn.weight.data[2 * C :])  # v and output pass the token unchanged
-        nn.init.eye_(first.c_proj.weight)
-        self.project.weight.data = scale * torch.eye(C)
+        nn.init.normal_(self.project.weight, std=token_scale(decoder) / math.sqrt(C))
 
     def prefix(self, vision):
         vision = self.ln(self.linear.prefix(vision))  # (B, S, C)
@@ -194,13 +188,6 @@ class QFormerLayer(nn.Module):
         self.self_attn = Attention(config)
         self.cross_attn = Attention(config)
         self.mlp = MLP(C)
-        for part in (self.self_attn, self.cross_attn):
-            nn.init.normal_(part.c_attn.weight, std=1.5 / math.sqrt(C))  # large: sharp attention
-            nn.init.zeros_(part.c_attn.bias)
-        q, k, _ = self.cross_attn.c_attn.weight.data.chunk(3)
-        k.copy_(q)  # a query attends to the token most like it
-        for part in (self.self_attn, self.cross_attn, self.mlp):
-            nn.init.zeros_(part.c_proj.weight)  # adds nothing yet
 
     def forward(self, x, vision):
         normed = self.ln_1(x)
@@ -216,9 +203,8 @@ class CrossAttentionBridge(nn.Module):
             x = x + cross_attn[i](ln[i](x), ln[i](vision))
             x = block(x)
 
-    Each begins as a copy of the block's own attention, and the vision tokens at the decoder's own
-    first positions: from the first step the decoder looks at the picture as it looks at its
-    context. (Flamingo begins with random weights behind a gate that is closed.)
+    At first each adds zeros, so that training begins with the decoder as it is (Flamingo has a gate
+    for this, tanh(0)).
     """
 
     def __init__(self, S, D, decoder):
@@ -226,12 +212,12 @@ class CrossAttentionBridge(nn.Module):
         self.P = 1  # <|endoftext|> stands before the caption
         C = decoder.config.n_embd
         self.linear = LinearBridge(S, D, decoder)
-        self.linear.positions.data = decoder.wpe.weight[:S].detach().float().clone()
+        nn.init.normal_(self.linear.positions, std=token_scale(decoder))
         self.ln = nn.ModuleList(nn.LayerNorm(C) for _ in decoder.h)
         self.cross_attn = nn.ModuleList(Attention(decoder.config) for _ in decoder.h)
-        for ln, cross_attn, block in zip(self.ln, self.cross_attn, decoder.h, strict=True):
-            ln.load_state_dict(block.ln_1.state_dict())
-            cross_attn.load_state_dict(block.attn.state_dict())
+        for cross_attn in self.cross_attn:
+            nn.init.zeros_(cross_attn.c_proj.weight)
+            nn.init.zeros_(cross_attn.c_proj.bias)
 
     def prefix(self, vision):
         return None
