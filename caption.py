@@ -4,7 +4,7 @@ Pictures in words: a frozen CLIP and a frozen GPT-2, joined by a small bridge th
     python caption.py --bridge linear --sample img.jpg     caption pictures; trains what is missing
     python caption.py --bridge {linear,cross,qformer}      train and score a bridge, draw a grid
     python caption.py --bridge linear --eval [--beam 5]    results.json and scores.json
-    python caption.py --bridge linear --scst               train it further, on CIDEr-D
+    python caption.py --bridge linear --scst [--sample]    train it further, on CIDEr-D; use that
     python caption.py --bridge linear --export FILE        the bridge alone, to share; --ckpt FILE
     python caption.py --compare                            all three, and a blind one, in one table
 
@@ -154,7 +154,7 @@ class QFormerBridge(nn.Module):
     def __init__(self, S, D, decoder):
         super().__init__()
         C = decoder.config.n_embd
-        self.P = min(32, S - 1)
+        self.P = 32
         self.linear = LinearBridge(S, D, decoder)
         nn.init.normal_(self.linear.positions, std=token_scale(decoder))
         self.queries = nn.Parameter(0.02 * torch.randn(self.P, C))
@@ -691,6 +691,8 @@ def evaluate(out, setup, args, beam=None):
     losses = f"{row['nats per caption']:.2f} nats per caption, shuffled {row['shuffled']:.2f}"
     print(f"{len(val_set)} validation pictures of {setup.data}, {decoding}: {losses}")
     print("\n".join([coco_eval.table(scores, len(val_set)), *lines]))
+    if coco_eval.find_layout(setup.data, "val")[2]:
+        print("a tenth of the pictures was held out: not comparable with results on val2017")
     print(f"{out} has best.pt, results, scores, curves.png and grid.png")
     return row
 
@@ -773,7 +775,7 @@ def comparison(results):
         for name in names:
             values = [result[name][key] for result in results if key in result[name]]
             cells.append(format(np.mean(values), form) if values else "")
-            if len(set(values)) > 1:
+            if len({format(value, form) for value in values}) > 1:
                 cells[-1] += f" ({min(values):{form}}-{max(values):{form}})"
         if any(cells):
             yield f"| {key} | {' | '.join(cells)} |"
@@ -1158,7 +1160,7 @@ def run_identity(name, captioner, setup, train_set, recipe, args):
 
 
 def run_folder(name, args, scst=False):
-    """--out, or runs/<setup>-<bridge>; under --compare each bridge has a folder in --out."""
+    """--out, or runs/<setup>-<bridge>[-<seed>], and -scst; --compare has a folder for each."""
     folder = name + seed_suffix(args)
     setup = "toy" if is_toy(args) else Path(args.data or "data/coco").resolve().name
     out = Path(args.out or f"runs/{setup}-{folder}")

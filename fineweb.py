@@ -487,6 +487,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_args(self, arguments=None):
         words = sys.argv[1:] if arguments is None else arguments
+        # flags that were typed, with their default value too
         self.given = {word.split("=")[0] for word in words}
         return super().parse_args(arguments)
 

@@ -3187,6 +3187,24 @@ def test_self_critical_training_and_an_exported_bridge(captions_run, shapes, ser
     assert_error(process, "not a bridge that --export wrote")
 
 
+def test_one_set_of_pictures_trains_and_scores(captions_run, shapes, tmp_path):
+    """COCO's validation pictures alone: one in both splits, scores that pass for val2017's."""
+    shutil.copytree(shapes / "val", tmp_path / "coco/val2017")
+    (tmp_path / "coco/annotations").mkdir()
+    content = json.loads((shapes / "annotations/captions_val.json").read_text())
+    for entry in content["images"]:
+        del entry["toy_scene"]
+    (tmp_path / "coco/annotations/captions_val2017.json").write_text(json.dumps(content))
+    flags = ["--data", "coco", *captions_run[0][2:6], "--bridge", "linear", "--steps", 4]
+    process = run("caption.py", *flags, "--batch", 8, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "10 validation pictures of coco" in process.stdout
+    assert "not comparable with results on val2017" in process.stdout
+    results = coco_eval.read_results(tmp_path / "runs/coco-linear/results.json")
+    train = {str(p["id"]) for p in coco_eval.read_dataset(tmp_path / "coco", "train")}
+    assert len(train) == 90 and not train & set(results)
+
+
 def test_sampling_pictures(captions_run, shapes, tmp_path):
     """--sample: files of several kinds, a broken one, --grid, --num, another decoder."""
     flags, folder, _ = captions_run
