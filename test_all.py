@@ -998,6 +998,17 @@ def test_prefetch_gives_each_step_once_and_in_order():
     assert sorted(asked) == [3, 4, 5]
 
 
+def test_prefetching_leaves_the_processor_to_the_step():
+    """Threads that compute with threads of their own, which slow down every operation of a step."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        seen = dict(train_gpt2.prefetch(lambda step: torch.get_num_threads(), 0, 6))
+        assert set(seen.values()) == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 # -----------------------------------------------------------------------------
 # train_gpt2.py: the recipe and training
 

@@ -393,8 +393,13 @@ def prefetch(get, first, last, ahead=4):
     512 windows from all over a disk, read for the first time, took one thread 0.2 to 0.5 s and four
     threads 0.1 s; a step of the 124M takes a GPU 1 to 8 s.
     """
+
+    def begin():
+        use_device()
+        torch.set_num_threads(1)  # of this one; more would hold up those of the step, by a sixth
+
     futures = deque()
-    with ThreadPoolExecutor(ahead, initializer=use_device) as threads:
+    with ThreadPoolExecutor(ahead, initializer=begin) as threads:
         for step in range(first, last + ahead):
             if step < last:
                 futures.append(threads.submit(get, step))
