@@ -29,6 +29,7 @@ import json
 import math
 import random
 import zipfile
+import zlib
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path, PureWindowsPath
@@ -576,7 +577,8 @@ def download_coco(folder, val_only=False):
         archive = folder / Path(address).name
         name = archive.stem.removesuffix("_trainval2017")
         if not (folder / name).exists():
-            done = sum(file.stat().st_size for file in folder.glob(f"{archive.name}*"))
+            files = [*folder.glob(f"{archive.name}*"), *folder.glob(f"{name}.tmp/*")]
+            done = sum(file.stat().st_size for file in files)
             fineweb.require_space(folder, 2 * size - done)  # an archive, and what is in it
             unpack(fineweb.download(f"{HOST}/{address}", archive, size, digest), folder, name)
     print(f"COCO 2017 is in {folder}")
@@ -592,7 +594,7 @@ def unpack(archive, folder, name):
                     raise UserError(f"{archive} has files outside of {name}/: remove it")
                 member.filename = member.filename.removeprefix(f"{name}/")
                 zipped.extract(member, building)  # never out of this folder, whatever the name
-    except (zipfile.BadZipFile, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         raise UserError(f"{archive} cannot be unpacked ({error}): remove it, try again") from None
     archive.unlink()
 
@@ -730,6 +732,8 @@ def table(scores, of):
 
 def score_files(references_path, results_paths, out):
     """Score result files, print a table for each, and write everything to `out`."""
+    if Path(out).resolve() in [Path(path).resolve() for path in (references_path, *results_paths)]:
+        raise UserError(f"{out} holds what is to be scored: name another file with --out")
     references = read_references(references_path)
     systems = {}
     for path in results_paths:

@@ -56,7 +56,7 @@ def get_tokenizer(name):
     if name == "gpt2":
         try:
             return tiktoken.get_encoding("gpt2")
-        except requests.RequestException:
+        except (requests.RequestException, ValueError):  # no network, or another file than expected
             reason = "GPT-2's vocabulary cannot be downloaded"
             raise UserError(f"{reason}: connect once, or set TIKTOKEN_CACHE_DIR") from None
     pieces = [bytes([byte]) for byte in range(256)]
@@ -214,12 +214,13 @@ def text_to_shards(paths, folder, val_fraction=0.01, shard_tokens=SHARD_TOKENS):
         val_count = round(count * val_fraction)
         if val_count < 2:
             raise UserError("there is too little text: name files that have more")
-        tokens = np.memmap(raw, dtype=np.uint16, mode="r")
         border = count - val_count
         for i, begin in enumerate(range(0, border, shard_tokens), 1):
             shard = building / f"{folder.name}_train_{i:06d}.bin"
-            write_shard(shard, tokens[begin : min(begin + shard_tokens, border)])
-        write_shard(building / f"{folder.name}_val_000000.bin", tokens[border:])
+            size = min(shard_tokens, border - begin)
+            write_shard(shard, np.fromfile(raw, np.uint16, size, offset=2 * begin))
+        val_tokens = np.fromfile(raw, np.uint16, offset=2 * border)
+        write_shard(building / f"{folder.name}_val_000000.bin", val_tokens)
         raw.unlink()
         write_tokens_info(building, "gpt2", "own text")
     print(f"{border:,} tokens for training, {val_count:,} for validation in {folder.name}")
@@ -384,7 +385,7 @@ def make_toy_text(folder):
     folder = Path(folder)
     source = f"toy text with sizes, {TOY_SCENE_BLOCKS:,} scenes"
     if folder.exists():
-        if read_tokens_info(folder)["source"] != source:
+        if read_tokens_info(folder).get("source") != source:
             reason = f"{folder} is not the toy text of this version"
             raise UserError(f"{reason}: rename it, or name it with --data")
         return
@@ -539,10 +540,13 @@ def new_folder(folder):
     with lock(building):
         for left_over in building.iterdir():  # of a process that was killed
             shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
-        yield building
-        if folder.exists():
-            folder.rmdir()
-        os.replace(building, folder)
+        try:
+            yield building
+            if folder.exists():
+                folder.rmdir()
+            os.replace(building, folder)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)  # when the body failed
 
 
 @contextlib.contextmanager
@@ -591,7 +595,7 @@ def hub_download(repo, name, **options):
         return Path(hf_hub_download(repo, name, **options))
     except Exception as error:  # no network, no such file, a full disk: its kinds are many
         reason = f"{repo}/{name} cannot be downloaded ({type(error).__name__})"
-        raise UserError(f"{reason}: check the network, or set HF_ENDPOINT to a mirror") from None
+        raise UserError(f"{reason}: check network and disk, or set HF_ENDPOINT") from None
 
 
 def download(url, path, size=None, digest=None, tries=5):
@@ -612,7 +616,7 @@ def download(url, path, size=None, digest=None, tries=5):
         try:
             fetch_rest(url, part)
             break
-        except requests.RequestException:  # no network, a broken line, 5xx
+        except (requests.RequestException, ValueError):  # no network, 5xx, no address
             failures = 0 if part.stat().st_size > before else failures + 1
             if failures == tries:
                 reason = f"{url} cannot be reached"

@@ -144,6 +144,17 @@ def fp32(monkeypatch):
 # fineweb.py
 
 
+def test_a_vocabulary_that_is_not_the_expected_file_is_one_line(monkeypatch):
+    """A login page in place of GPT-2's vocabulary that ends in a traceback."""
+
+    def get_encoding(name):
+        raise ValueError("Hash mismatch for data downloaded from ...")
+
+    monkeypatch.setattr(fineweb.tiktoken, "get_encoding", get_encoding)
+    with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):
+        fineweb.get_tokenizer.__wrapped__("gpt2")
+
+
 def test_tiny_tokenizer_is_lossless_and_knows_the_words():
     """Text that does not come back from its tokens; words of the scenes that are several tokens."""
     tokenizer = fineweb.get_tokenizer("tiny")
@@ -363,6 +374,9 @@ def test_download_refuses_what_is_wrong(server, tmp_path):
         assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="404"):
         fineweb.download(f"{server.address}/nothing", tmp_path / "a")
+    for address in ("https://example..com/a.jpg", "https://[x/a.jpg"):
+        with pytest.raises(UserError, match="cannot be reached"):
+            fineweb.download(address, tmp_path / "a", tries=1)
     server.behave = ["503"] * 5
     with pytest.raises(UserError, match="cannot be reached"):
         fineweb.download(f"{server.address}/a", tmp_path / "a")
@@ -1097,6 +1111,15 @@ def test_a_loss_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
         assert torch.equal(p, old) and torch.equal(optimizer.state[p]["exp_avg"], moment)
 
 
+def test_a_stopped_run_tells_how_it_goes_on(tmp_path, capsys):
+    """The same command, with --restart, that loses the steps it has just saved."""
+    for restart, words in ((False, "the same command resumes"), (True, "without --restart")):
+        run = train_gpt2.Run(tmp_path, {}, train_gpt2.RECIPES["tiny"], "tokens", restart)
+        with pytest.raises(SystemExit):
+            run.exit()
+        assert words in capsys.readouterr().out
+
+
 def test_many_such_losses_stop_the_run(tmp_path):
     """A run that goes on for days with a loss that is not finite."""
     run = train_gpt2.Run(tmp_path, {}, train_gpt2.RECIPES["tiny"], "tokens", restart=False)
@@ -1105,6 +1128,7 @@ def test_many_such_losses_stop_the_run(tmp_path):
     assert (run.skipped, run.step) == (18, 19)
     with pytest.raises(UserError, match="10 steps in a row.*ckpt.pt.*--lr"):
         run.count_step(math.nan, 1.0)
+    train_gpt2.draw_curves(tmp_path / "a.png", {"loss": {"train": []}})  # none of it is finite
 
 
 def test_orthogonalized_matrices_have_singular_values_near_one():
@@ -1373,6 +1397,19 @@ def test_weights_of_transformers_give_its_logits_and_losses(shape, tmp_path):
     assert torch.allclose(model.eval()(idx)[0], theirs(idx).logits, atol=1e-4)
     loss = model(idx[:, :-1], idx[:, 1:])[1].item()
     assert loss == pytest.approx(theirs(idx, labels=idx).loss.item(), rel=1e-5)
+
+
+@torch.no_grad()
+def test_rows_after_gpt2s_tokens_are_no_tokens(tmp_path):
+    """A pad token that a fine-tuning added: ids that are generated and not known."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=50_264, n_embd=32, n_layer=1, n_head=4)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    model, _ = train_gpt2.from_pretrained(tmp_path)
+    idx = torch.randint(0, 50_257, (1, 5))
+    expected = theirs(idx).logits[..., :50_257]
+    assert torch.allclose(model.eval()(idx)[0], expected, atol=1e-4)
 
 
 @torch.no_grad()
@@ -2383,6 +2420,8 @@ def test_scoring_from_the_command_line(tmp_path):
     assert process.stdout.index("poor.json") < process.stdout.index("9 of 12 pictures scored")
     assert process.stdout.index("good.json") < process.stdout.index("10 of 12 pictures scored")
     assert "cannot be compared" in process.stdout
+    with pytest.raises(UserError, match="--out"):  # which would overwrite the captions
+        coco_eval.score_files(truth, [good], good)
 
 
 @pytest.mark.parametrize("results, words", [
@@ -2494,9 +2533,9 @@ def test_val2017_alone_is_split(tmp_path):
     assert sizes == [30, 50]
 
 
-def archive(files):
+def archive(files, compression=zipfile.ZIP_STORED):
     body = io.BytesIO()
-    with zipfile.ZipFile(body, "w") as zipped:
+    with zipfile.ZipFile(body, "w", compression) as zipped:
         for name, content in files.items():
             zipped.writestr(name, content)
     return body.getvalue()
@@ -2523,13 +2562,15 @@ def test_coco_is_fetched_unpacked_and_left_alone(server, tmp_path, monkeypatch):
     assert len(server.ranges) == asked + 1  # what is there is not downloaded again
     (tmp_path / "half").mkdir()
     (tmp_path / "half/train2017.zip.part").write_bytes(bytes(700))
+    (tmp_path / "half/train2017.tmp").mkdir()
+    (tmp_path / "half/train2017.tmp/1.jpg").write_bytes(bytes(300))
     archives[:] = [("zips/train2017.zip", 10**15, "0" * 32)]
     asked = []
     monkeypatch.setattr(fineweb, "require_space", lambda folder, size: asked.append(size))
     monkeypatch.setattr(coco_eval, "unpack", lambda *args: None)
     monkeypatch.setattr(fineweb, "download", lambda *args: None)
     coco_eval.download_coco(tmp_path / "half")
-    assert asked == [2 * 10**15 - 700]
+    assert asked == [2 * 10**15 - 1000]
 
 
 def test_archives_that_are_not_right(tmp_path):
@@ -2539,13 +2580,15 @@ def test_archives_that_are_not_right(tmp_path):
     coco_eval.unpack(tmp_path / "a.zip", tmp_path / "coco", "val2017")
     assert {path.name for path in tmp_path.iterdir()} == {"coco"}
     assert {path.name for path in (tmp_path / "coco").iterdir()} == {"val2017"}
-    damage = {b"PK no archive": "cannot be unpacked", archive({"other/1.jpg": "x"}): "outside",
-              archive({"/etc/out.txt": "x"}): "outside"}
+    damaged = bytearray(archive({"val2017/1.jpg": BODY}, zipfile.ZIP_DEFLATED))
+    damaged[60] ^= 255
+    damage = {b"PK no archive": "cannot be unpacked", bytes(damaged): "cannot be unpacked",
+              archive({"other/1.jpg": "x"}): "outside", archive({"/etc/out.txt": "x"}): "outside"}
     for body, words in damage.items():
         (tmp_path / "a.zip").write_bytes(body)
         with pytest.raises(UserError, match=words):
             coco_eval.unpack(tmp_path / "a.zip", tmp_path / "coco/again", "val2017")
-        assert not (tmp_path / "coco/again/val2017").exists()
+        assert not list(tmp_path.glob("coco/again/*"))
 
 
 def test_pictures_of_every_kind_are_read_right(tmp_path):
@@ -3166,8 +3209,9 @@ def test_self_critical_training_and_an_exported_bridge(captions_run, shapes, ser
     unfinished = folder / "unfinished"
     shutil.copytree(folder / "runs/shapes-cross", unfinished)
     (unfinished / "scores.json").unlink()  # as in a run that was interrupted
-    process = run("caption.py", *flags[:8], "--scst", "--out", unfinished, cwd=folder)
-    assert_error(process, "no trained bridge")
+    for task in (["--scst"], ["--eval"], ["--export", "half"]):
+        process = run("caption.py", *flags[:8], *task, "--out", unfinished, cwd=folder)
+        assert_error(process, "no trained bridge")
     process = run("caption.py", *flags[:8], "--scst", "--steps", 3, "--batch", 4, cwd=folder)
     assert process.returncode == 0, process.stderr
     assert "CIDEr-D of greedy captions" in process.stdout

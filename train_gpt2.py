@@ -804,7 +804,8 @@ def from_pretrained(name):
         if C % n_head or n_head != int(n_head):
             raise UserError(f"{path}: its config.json is missing or wrong ({n_head} heads)")
         block_size = len(tensors["wpe.weight"])
-    model = GPT(GPTConfig(block_size, V, n_layer, int(n_head), C))
+    padding = max(V - 50_257, 0)  # rows that others have added after GPT-2's tokens
+    model = GPT(GPTConfig(block_size, V, n_layer, int(n_head), C, vocab_padding=padding))
     with fineweb.reading(path, "a whole GPT-2", RuntimeError):
         for name in model.state_dict():
             tensors[name] = tensors[name].T if is_conv1d(name) else tensors[name]
@@ -1288,7 +1289,8 @@ class Run:
 
     def exit(self):
         """End the process as a signal would have."""
-        print(f"stopped after step {self.step:,}; the same command resumes it", flush=True)
+        again = "the command without --restart" if self.restart else "the same command"
+        print(f"stopped after step {self.step:,}; {again} resumes it", flush=True)
         sys.exit(128 + (self.signal or signal.SIGTERM))
 
     def count_step(self, loss, norm):
@@ -1443,7 +1445,8 @@ def draw_panel(draw, x0, title, lines):
     draw.text(((left + right) / 2, 28), title, "#111827", font, "mt")
     for i, (label, line) in enumerate(lines.items()):
         color = ("#94a3b8", "#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed")[i % 6]
-        draw.line([pixels(x, y) for x, y in line], color, 5, "curve")
+        if line:  # none where no value is finite
+            draw.line([pixels(x, y) for x, y in line], color, 5, "curve")
         x = left + 280 * i  # the legend stands below the chart
         draw.line((x, 924, x + 50, 924), color, 8)
         draw.text((x + 64, 924), label, "#111827", font, "lm")
@@ -1584,10 +1587,10 @@ def main(arguments=None):
         parser.refuse("--sample", *recipe, "--limit", "--data")
         sample(args)
     elif args.eval:
-        parser.refuse("--eval", *recipe, *sampling)
+        parser.refuse("--eval", *recipe, *sampling, "--seed")
         evaluate(args)
     elif args.export_hf:
-        parser.refuse("--export-hf", *recipe, *sampling, "--limit", "--data")
+        parser.refuse("--export-hf", *recipe, *sampling, "--seed", "--limit", "--data")
         model, tokenizer, _ = load_model(args.ckpt or default_checkpoint())
         export_hf(model, tokenizer, args.export_hf)
     else:
