@@ -34,7 +34,6 @@ import sys
 import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -177,7 +176,11 @@ class QFormerBridge(nn.Module):
 
 
 class QFormerLayer(nn.Module):
-    """Queries attend to each other, then to the picture; then an MLP (pre-norm)."""
+    """Queries attend to each other; an MLP; queries attend to the picture (pre-norm).
+
+    In BLIP-2 the MLP comes last. There the toy's learned pairs of color and shape by heart: it read
+    a red cross, which no training picture has, as a red circle.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -192,8 +195,8 @@ class QFormerLayer(nn.Module):
     def forward(self, x, vision):
         normed = self.ln_1(x)
         x = x + self.self_attn(normed, *self.self_attn.keys_values(normed))
-        x = x + self.cross_attn(self.ln_2(x), *self.cross_attn.keys_values(vision))
-        return x + self.mlp(self.ln_3(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x + self.cross_attn(self.ln_3(x), *self.cross_attn.keys_values(vision))
 
 
 class CrossAttentionBridge(nn.Module):
@@ -450,7 +453,7 @@ def train(name, setup, args):
     torch.manual_seed(args.seed)
     captioner = build(name, *train_set.features.shape[1:], setup.decoder).to(device)
     if args.scst:  # continues from the bridge that was trained with cross-entropy
-        captioner = trained_bridge(run_folder(name, args), setup, args)
+        captioner = load_captioner(trained_bridge(run_folder(name, args)), setup, args)
     recipe = choose_recipe(name, setup, len(train_set), args)
     optimizer = train_gpt2.configure_optimizer(captioner.bridge, recipe)
     identity = run_identity(name, captioner, setup, train_set, recipe, args)
@@ -792,7 +795,7 @@ def find_pictures(names):
     paths = []
     for name in names:
         if name.startswith(("https://", "http://")):
-            file = hashlib.sha256(name.encode()).hexdigest()[:8] + Path(urlsplit(name).path).suffix
+            file = hashlib.sha256(name.encode()).hexdigest()[:8] + Path(name.split("?")[0]).suffix
             name = fineweb.download(name, Path("data/pictures") / file)
         name = Path(name)
         inside = [name]
@@ -816,7 +819,7 @@ def sample(args):
     setup = open_setup(args)
     bridge = args.ckpt
     if not bridge:
-        out = run_folder(args.bridge, args, scst=args.scst)
+        out = run_folder(args.bridge, args, args.scst)
         bridge = out / "best.pt"
         if args.restart or not list(out.glob("scores*.json")):
             print(f"missing    the bridge: training {args.bridge}", flush=True)
@@ -875,8 +878,8 @@ def read_bridge(path):
 
 def export(args):
     """Write a trained bridge alone as a safetensors file, with what it needs in its metadata."""
-    run, tensors = read_bridge(run_folder(args.bridge, args, scst=args.scst) / "best.pt")
-    path = Path(args.export).with_suffix(".safetensors")
+    run, tensors = read_bridge(trained_bridge(run_folder(args.bridge, args, args.scst)))
+    path = Path(args.export.removesuffix(".safetensors") + ".safetensors")
     with fineweb.atomic_write(path) as file:
         file.write(save(tensors, metadata={"run": json.dumps(run)}))
     print(f"{path} has the bridge: python caption.py --ckpt {path} --sample img.jpg")
@@ -1129,22 +1132,22 @@ def choose_recipe(name, setup, pictures, args):
     rates = TOY_RATES if setup.toy else FULL_RATES
     lr, muon = rates["linear" if name == "blind" else name]
     batch = args.batch_size or (32 if setup.toy else 64)
-    steps = 600 if setup.toy else math.ceil(4 * pictures / batch)
+    steps = 500 if setup.toy else math.ceil(4 * pictures / batch)
     if args.scst:  # a step samples captions, which takes longer, and only corrects
-        steps = math.ceil(steps / 2)
+        steps = math.ceil(0.6 * steps)
         lr /= 10
     steps = args.max_steps or steps
     warmup = max(1, round(0.03 * steps))
-    options = {"cooldown": 0.6, "weight_decay": 0.01, "eval_every": max(1, steps // 10)}
+    options = {"cooldown": 0.6, "eval_every": max(1, steps // 10)}
     recipe = Recipe(steps, batch, batch, lr, warmup, muon=muon, **options)
     return train_gpt2.with_flags(recipe, args)
 
 
-def trained_bridge(folder, setup, args):
-    """The Captioner of a run of cross-entropy that has come to its end."""
+def trained_bridge(folder):
+    """The best bridge of a run that has come to its end, of which its scores are the mark."""
     if not list(folder.glob("scores*.json")):
-        raise UserError(f"{folder} has no trained bridge: train it to its end, without --scst")
-    return load_captioner(folder / "best.pt", setup, args)
+        raise UserError(f"{folder} has no trained bridge: train it to its end first")
+    return folder / "best.pt"
 
 
 def run_identity(name, captioner, setup, train_set, recipe, args):
@@ -1200,7 +1203,7 @@ def flags():
     group.add_argument("--batch", dest="batch_size", type=positive, help="pictures a step")
     group.add_argument("--micro-batch", type=positive, help="pictures at once, for less memory")
     group.add_argument("--lr", type=number(float, 0, 1), help="the highest learning rate")
-    group.add_argument("--seed", type=number(int, 0, 10**6), default=0, help="also of --sample")
+    group.add_argument("--seed", type=number(int, 0, 10**6), default=0, help="also of --num")
     group.add_argument("--seeds", type=positive, help="how many to --compare, from --seed on")
     group.add_argument("--restart", action="store_true", help="forget what is in the run's folder")
     group = parser.add_argument_group("captions")
@@ -1228,6 +1231,8 @@ def main():
         parser.refuse("one bridge", "--seeds")
     if not args.sample:
         parser.refuse("anything but --sample", *sampling, "--grid", "--ckpt")
+    elif not parser.given & set(sampling):
+        parser.refuse("the most probable caption", "--seed")
     training = ("--steps", "--lr", "--batch", "--micro-batch", "--restart")
     if args.ckpt:
         parser.refuse("--ckpt", *training, "--out", "--scst")
@@ -1243,10 +1248,12 @@ def main():
     elif args.compare:
         compare(args)
     else:
+        if args.eval:
+            trained_bridge(run_folder(args.bridge, args, args.scst))  # or an error
         setup = open_setup(args)
         if not args.eval:
             train(args.bridge, setup, args)
-        evaluate(run_folder(args.bridge, args, scst=args.scst), setup, args, args.beam)
+        evaluate(run_folder(args.bridge, args, args.scst), setup, args, args.beam)
 
 
 if __name__ == "__main__":

@@ -530,6 +530,7 @@ def test_too_little_text_and_two_at_once_are_refused(tmp_path, monkeypatch):
     ("fineweb.py", ["--text", "a.txt"], ["--out"]),
     ("caption.py", ["--compare", "--beam", "5"], ["--beam"]),
     ("caption.py", ["--bridge", "cross", "--sample", "x", "--num", "2", "--beam", "3"], ["--num"]),
+    ("caption.py", ["--bridge", "cross", "--sample", "x", "--seed", "1"], ["--seed"]),
     ("caption.py", ["--bridge", "cross", "--num", "2"], ["--num", "--sample"])])
 def test_flags_that_do_nothing_are_refused(script, args, words, tmp_path):
     """A flag that is silently ignored, or a number out of bounds that is taken."""
