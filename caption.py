@@ -1133,12 +1133,14 @@ def choose_recipe(name, setup, pictures, args):
     lr, muon = rates["linear" if name == "blind" else name]
     batch = args.batch_size or (32 if setup.toy else 64)
     steps = 500 if setup.toy else math.ceil(4 * pictures / batch)
+    decay = 0.1
     if args.scst:  # a step samples captions, which takes longer, and only corrects
         steps = math.ceil(0.6 * steps)
         lr /= 10
+        decay = 0.0
     steps = args.max_steps or steps
     warmup = max(1, round(0.03 * steps))
-    options = {"cooldown": 0.6, "eval_every": max(1, steps // 10)}
+    options = {"cooldown": 0.6, "weight_decay": decay, "eval_every": max(1, steps // 10)}
     recipe = Recipe(steps, batch, batch, lr, warmup, muon=muon, **options)
     return train_gpt2.with_flags(recipe, args)
 
