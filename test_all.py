@@ -2914,10 +2914,10 @@ def test_bridges_equal_plain_float64_ones():
         nn.init.normal_(p, std=0.3)
     normed = plain_norm(layer.ln_1, x.double())
     y = x.double() + plain_attention(layer.self_attn, normed, normed)
-    y = y + plain_attention(layer.cross_attn, plain_norm(layer.ln_2, y), wide.double())
     w = {n: p.double() for n, p in layer.mlp.state_dict().items()}
-    u = plain_norm(layer.ln_3, y) @ w["c_fc.weight"].T + w["c_fc.bias"]
+    u = plain_norm(layer.ln_2, y) @ w["c_fc.weight"].T + w["c_fc.bias"]
     y = y + plain_gelu(u) @ w["c_proj.weight"].T + w["c_proj.bias"]
+    y = y + plain_attention(layer.cross_attn, plain_norm(layer.ln_3, y), wide.double())
     assert torch.allclose(layer(x[None], wide[None])[0].double(), y, atol=1e-4)
     model = small_captioner("cross")
     bridge = model.bridge
