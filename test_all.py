@@ -1022,6 +1022,11 @@ def test_prefetching_leaves_the_processor_to_the_step():
         assert set(seen.values()) == {1} and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+    script = "import torch, train_gpt2; list(train_gpt2.prefetch(print, 0, 1)); "
+    script += "print(torch.get_num_threads())"  # in a process that has not computed yet
+    options = {"env": os.environ | {"OMP_NUM_THREADS": "2"}, "capture_output": True, "text": True}
+    process = subprocess.run([sys.executable, "-c", script], cwd=HERE, **options)
+    assert process.stdout.split() == ["0", "2"], process.stderr
 
 
 # -----------------------------------------------------------------------------

@@ -398,6 +398,7 @@ def prefetch(get, first, last, ahead=4):
         use_device()
         torch.set_num_threads(1)  # of this one; more would hold up those of the step, by a sixth
 
+    torch.get_num_threads()  # PyTorch settles the step's own here, or begin() would do it
     futures = deque()
     with ThreadPoolExecutor(ahead, initializer=begin) as threads:
         for step in range(first, last + ahead):
