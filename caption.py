@@ -178,25 +178,25 @@ class QFormerBridge(nn.Module):
 class QFormerLayer(nn.Module):
     """Queries attend to each other; an MLP; queries attend to the picture (pre-norm).
 
-    In BLIP-2 the MLP comes last. There the toy's learned pairs of color and shape by heart: it read
-    a red cross, which no training picture has, as a red circle.
+    In BLIP-2 the MLP comes last. Placed there, the toy's learned pairs of color and shape by heart:
+    it read a red cross, which no training picture has, as a red circle.
     """
 
     def __init__(self, config):
         super().__init__()
         C = config.n_embd
-        self.ln_1 = nn.LayerNorm(C)
-        self.ln_2 = nn.LayerNorm(C)
-        self.ln_3 = nn.LayerNorm(C)
+        self.ln_self = nn.LayerNorm(C)
+        self.ln_mlp = nn.LayerNorm(C)
+        self.ln_cross = nn.LayerNorm(C)
         self.self_attn = Attention(config)
         self.cross_attn = Attention(config)
         self.mlp = MLP(C)
 
     def forward(self, x, vision):
-        normed = self.ln_1(x)
+        normed = self.ln_self(x)
         x = x + self.self_attn(normed, *self.self_attn.keys_values(normed))
-        x = x + self.mlp(self.ln_2(x))
-        return x + self.cross_attn(self.ln_3(x), *self.cross_attn.keys_values(vision))
+        x = x + self.mlp(self.ln_mlp(x))
+        return x + self.cross_attn(self.ln_cross(x), *self.cross_attn.keys_values(vision))
 
 
 class CrossAttentionBridge(nn.Module):
@@ -860,7 +860,8 @@ def load_captioner(path, setup, args):
             reason = f"{path} was trained with --{flag} {run.get(flag)}, not {value}"
             raise UserError(f"{reason}: name that one, or train anew")
     captioner = build(run["bridge"], run["S"], run["D"], setup.decoder)
-    captioner.bridge.load_state_dict(tensors)
+    with fineweb.reading(path, "a bridge of this version", RuntimeError, what_to_do="train anew"):
+        captioner.bridge.load_state_dict(tensors)
     return captioner.eval().to(pick_device())
 
 

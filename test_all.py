@@ -2917,12 +2917,12 @@ def test_bridges_equal_plain_float64_ones():
     layer = small_captioner("qformer").bridge.layers[0]
     for p in layer.parameters():
         nn.init.normal_(p, std=0.3)
-    normed = plain_norm(layer.ln_1, x.double())
+    normed = plain_norm(layer.ln_self, x.double())
     y = x.double() + plain_attention(layer.self_attn, normed, normed)
     w = {n: p.double() for n, p in layer.mlp.state_dict().items()}
-    u = plain_norm(layer.ln_2, y) @ w["c_fc.weight"].T + w["c_fc.bias"]
+    u = plain_norm(layer.ln_mlp, y) @ w["c_fc.weight"].T + w["c_fc.bias"]
     y = y + plain_gelu(u) @ w["c_proj.weight"].T + w["c_proj.bias"]
-    y = y + plain_attention(layer.cross_attn, plain_norm(layer.ln_3, y), wide.double())
+    y = y + plain_attention(layer.cross_attn, plain_norm(layer.ln_cross, y), wide.double())
     assert torch.allclose(layer(x[None], wide[None])[0].double(), y, atol=1e-4)
     model = small_captioner("cross")
     bridge = model.bridge
@@ -3246,6 +3246,20 @@ def test_self_critical_training_and_an_exported_bridge(captions_run, shapes, ser
     shutil.copy(shapes / "val/000001.png", tmp_path / "a.png")
     process = run("caption.py", *flags[2:6], "--ckpt", file, "--sample", "a.png", cwd=tmp_path)
     assert_error(process, "not a bridge that --export wrote")
+
+
+def test_a_bridge_of_another_version_is_one_line(captions_run):
+    """Tensors of other names, with --sample and in a run that goes on: a traceback, or nonsense."""
+    flags, folder, _ = captions_run
+    shutil.copytree(folder / "runs/shapes-cross", folder / "old")
+    for name in ("best.pt", "ckpt.pt"):
+        checkpoint = torch.load(folder / "old" / name, weights_only=True)
+        checkpoint["model"]["old_name"] = checkpoint["model"].pop("ln.0.weight")
+        torch.save(checkpoint, folder / "old" / name)
+    process = run("caption.py", *flags[:8], "--out", "old", "--eval", cwd=folder)
+    assert_error(process, "best.pt is not a bridge of this version", "train anew")
+    process = run("caption.py", *flags, "--out", "old", cwd=folder)
+    assert_error(process, "ckpt.pt is not of this version", "--restart")
 
 
 def test_one_set_of_pictures_trains_and_scores(captions_run, shapes, tmp_path):

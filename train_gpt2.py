@@ -1238,8 +1238,10 @@ class Run:
                 if checkpoint["run"].get(key) != value:
                     reason = f"{path} was made with {key} {checkpoint['run'].get(key)}"
                     raise UserError(f"{reason}, not {value}: choose another --out, or --restart")
-            model.load_state_dict(checkpoint["model"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
+            again = "choose another --out, or --restart"
+            with fineweb.reading(path, "of this version", RuntimeError, what_to_do=again):
+                model.load_state_dict(checkpoint["model"])
+                optimizer.load_state_dict(checkpoint["optimizer"])
             for name in ("step", "seconds", "skipped", "best"):
                 setattr(self, name, checkpoint[name])
             rows = read_log(self.out / "log.csv")
