@@ -9,19 +9,18 @@ Pictures in words: a frozen CLIP and a frozen GPT-2, joined by a small bridge th
     python caption.py --compare                            all three, and a blind one, in one table
 
 Without a GPU and COCO this is the toy setup: drawn pictures of colored shapes, a CLIP of 64 x 64
-pixels that is trained here, and the decoder of `python train_gpt2.py`. It has read scenes as a map
-of 32 words after <|endoftext|> (fineweb.py, "The toy text"); linear and qformer put vectors in
-those places and learn to make them look like the words to the decoder. With --data FOLDER
-(COCO 2017, or your own pictures in its layout) the same code joins CLIP ViT-L/14 to GPT-2 124M. A
-run lives in runs/<setup>-<bridge>/: ckpt.pt, best.pt, log.csv, curves.png; its evaluation adds
+pixels that is trained here, and the decoder of `python train_gpt2.py`. With --data FOLDER (COCO
+2017, or your own pictures in its layout) the same code joins OpenAI's CLIP to GPT-2 124M. A run
+lives in runs/<setup>-<bridge>/: ckpt.pt, best.pt, log.csv, curves.png; its evaluation adds
 results.json, scores.json, grid.png.
 
-Chapters: 1 the image encoder, 2 the three bridges, 3 the captioner, 4 training a bridge, 5
-self-critical training, 6 evaluation and comparison, 7 your own pictures. Appendices: A vision
-tokens on disk, B the toy setup and the full one, C the recipe and the folder of a run.
+To read, in an evening: 0 why it works, 1 the image encoder, 2 the three bridges, 3 the captioner,
+4 training a bridge, 5 self-critical training. For reference, after the banner: beam search,
+evaluation and comparison, your own pictures, vision tokens on disk, the two setups, the command
+line.
 
 Letters beside the code: B batch, T time (tokens), C width of the decoder, P prefix, S vision
-tokens, D their width, N targets of a row, V vocabulary, W beams.
+tokens, D their width, N targets of a row, V vocabulary, W beams, K samples.
 """
 import functools
 import hashlib
@@ -51,21 +50,50 @@ from fineweb import UserError, number
 from train_gpt2 import MLP, KVCache, Recipe, Run, attention, autocast, get_lr, pick_device, rank
 
 # -----------------------------------------------------------------------------
+# 0. Why it works
+#
+# CLIP (Radford et al. 2021) is two encoders, of pictures and of texts, that were trained on 400 M
+# pictures from the web with their captions. In a batch of them each picture has to find its own
+# caption among all, and each caption its picture (the contrastive loss). So the image encoder knows
+# what people say of a picture, but cannot say it. GPT-2 can talk, but sees nothing. A bridge, of
+# 1 to 30 % of their size, turns what the one sees into something that the other can read.
+#
+# Both stay frozen: they know more than COCO could teach them, nothing of it is forgotten, and a
+# picture has to go through CLIP only once. GPT-2 can read vectors that are no words because its
+# blocks never see words: they see vectors, whose keys and values they compare and mix. A vector
+# with the right directions in it is looked up like a word.
+#
+# Looking things up in the context has to be learned, though. GPT-2 has learned it from the web; the
+# toy decoder learns it from scenes that are told as a map first (fineweb.py, "The toy text"). What
+# stands where, by position:
+#
+#     position    0              1 ... 32                            33     34 ...
+#     toy text    <|endoftext|>  the map, two words for a cell       \n     a red circle is ...
+#     linear      class token    32 patches, two for a cell          a      red circle is ...
+#     qformer     query 1        queries 2 ... 32 (to 31); the caption begins at 32
+#     cross       <|endoftext|>  a red circle is ...                 (it sees the picture inside)
+#
+# So linear's patches stand where the map's words stood, and its class token where <|endoftext|> was
+# (4 x 8 patches, because the map is 4 x 4 cells of two words). The Q-Former's vectors begin one
+# place earlier, which it learns to live with; no newline follows either of them. With cross the
+# caption stands where the decoder always saw a map: the bridge has to overcome that, too.
+# -----------------------------------------------------------------------------
 # 1. The image encoder: what CLIP sees, as tokens
 
 
 class ImageEncoder:
-    """The frozen image half of CLIP (Radford et al. 2021), which has learned to match captions.
+    """The frozen image half of CLIP.
 
-    It is a vision transformer: each patch of the picture is a token, and one more, the class token,
-    comes to describe the whole. We take the tokens after the second-to-last block: in OpenAI's CLIP
-    the loss sees only the class token of the last block, so its patches were trained for nothing.
+    It is a vision transformer (Dosovitskiy et al. 2021): the picture is cut into square patches, of
+    14 x 14 pixels for ViT-L/14, and each is a token; one more, the class token, comes to describe
+    the whole. We take the tokens after the second-to-last block: in OpenAI's CLIP the loss sees
+    only the class token of the last block, so its patches were trained for nothing.
     """
 
-    def __init__(self, visual, preprocess, name):
+    def __init__(self, visual, preprocess, digest):
         self.visual = train_gpt2.freeze(visual, pick_device())
         self.preprocess = preprocess  # Pillow picture to (3, H, W)
-        self.name = name
+        self.digest = digest  # of what its tokens depend on
         # PyTorch's attention on (B, T, C) copies its weights for each token: 40 times slower in
         # bf16 on a CPU than on (T, B, C), which open_clip can have too
         blocks = visual.transformer.resblocks
@@ -73,15 +101,22 @@ class ImageEncoder:
             for module in (visual.transformer, *(block.attn for block in blocks)):
                 module.batch_first = False
 
+    def prepare(self, path):
+        """A picture as CLIP wants it, (3, H, W); UserError if it cannot be read."""
+        image = coco_eval.load_image(path)
+        try:
+            return self.preprocess(image)
+        except (ValueError, MemoryError) as error:
+            raise UserError(f"{path} cannot be resized ({error})", "replace it") from error
+
     @torch.no_grad()
     def __call__(self, images):
         """Prepared pictures (B, 3, H, W) to class token and patches in reading order, (B, S, D)."""
-        device = pick_device()
         second_to_last = len(self.visual.transformer.resblocks) - 2
-        options = {"indices": [second_to_last], "stop_early": True, "intermediates_only": True}
-        options |= {"output_fmt": "NLC", "output_extra_tokens": True}
-        with autocast(device):
-            out = self.visual.forward_intermediates(images.to(device), **options)
+        with autocast(pick_device()):
+            out = self.visual.forward_intermediates(
+                images.to(pick_device()), indices=[second_to_last], stop_early=True,
+                intermediates_only=True, output_fmt="NLC", output_extra_tokens=True)
         class_token = out["image_intermediates_prefix"][0]
         return torch.cat([class_token, out["image_intermediates"][0]], dim=1).float()
 
@@ -108,16 +143,17 @@ def pool_tokens(tokens):
 #   blind      what linear makes of zeros, to compare with      before the text   the map
 #
 # Each has the same two methods: prefix(vision) gives the vectors before the text, or None;
-# before_block(vision) gives a function (i, x) that changes x before block i of the decoder, or
-# None. A prefix begins at the scale of the decoder's own token vectors, so that it influences the
-# decoder from the first step.
+# hook(vision) gives the function (i, x) -> x that the decoder calls before its block i, or None.
+# A prefix begins at the scale of the decoder's own token vectors, so that it influences the decoder
+# from the first step.
 
 
 class LinearBridge(nn.Module):
     """A linear map of each vision token, as in LiMBeR (Merullo et al. 2022), and positions.
 
-    ClipCap (Mokady et al. 2021) maps one vector of a picture to a prefix, with an MLP. The other
-    two bridges begin with this map too.
+    LiMBeR showed that a linear map is enough to read a frozen image encoder with a frozen language
+    model. ClipCap (Mokady et al. 2021) maps one vector of a picture to a prefix, with an MLP. The
+    other two bridges begin with this map too.
     """
 
     def __init__(self, S, D, decoder):
@@ -132,7 +168,7 @@ class LinearBridge(nn.Module):
     def prefix(self, vision):
         return self.project(self.norm(vision)) + self.positions  # (B, S, C)
 
-    def before_block(self, vision):
+    def hook(self, vision):
         return None
 
 
@@ -171,15 +207,15 @@ class QFormerBridge(nn.Module):
             x = layer(x, vision)
         return self.project(self.ln_f(x))  # (B, 32, C)
 
-    def before_block(self, vision):
+    def hook(self, vision):
         return None
 
 
 class QFormerLayer(nn.Module):
     """Queries attend to each other; an MLP; queries attend to the picture (pre-norm).
 
-    In BLIP-2 the MLP comes last. Placed there, the toy's learned pairs of color and shape by heart:
-    it read a red cross, which no training picture has, as a red circle.
+    In BLIP-2 the MLP comes last. With the MLP last, the toy Q-Former memorized which colors go with
+    which shapes: it read a red cross, which no training picture has, as a red circle.
     """
 
     def __init__(self, config):
@@ -207,7 +243,8 @@ class CrossAttentionBridge(nn.Module):
             x = block(x)
 
     At first each adds zeros, so that training begins with the decoder as it is (Flamingo has a gate
-    for this, tanh(0)).
+    for this, tanh(0)). One LayerNorm serves both sides: the vision tokens are mapped into the
+    decoder's own space first, where x lives too.
     """
 
     def __init__(self, S, D, decoder):
@@ -225,7 +262,7 @@ class CrossAttentionBridge(nn.Module):
     def prefix(self, vision):
         return None
 
-    def before_block(self, vision):
+    def hook(self, vision):
         vision = self.linear.prefix(vision)  # (B, S, C)
         keys_values = []  # once for all tokens
         for ln, cross_attn in zip(self.ln, self.cross_attn, strict=True):
@@ -237,28 +274,35 @@ class CrossAttentionBridge(nn.Module):
         return look
 
 
-class Attention(train_gpt2.CausalSelfAttention):
-    """Attention from x (B, T, C) to another sequence (B, S, C), with the tensors of GPT-2's own."""
+class Attention(nn.Module):
+    """Attention from x (B, T, C) to another sequence, or to itself; its two halves by themselves.
+
+    keys_values() is called once for a picture, forward() for each new token.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        C = config.n_embd
+        self.n_head = config.n_head
+        self.q = nn.Linear(C, C)
+        self.kv = nn.Linear(C, 2 * C)
+        self.c_proj = nn.Linear(C, C)
 
     def split_heads(self, x):
         return x.view(x.size(0), x.size(1), self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
 
     def keys_values(self, source):
-        C = source.size(2)
-        y = F.linear(source, self.c_attn.weight[C:], self.c_attn.bias[C:])  # (B, S, 2 C)
-        k, v = y.split(C, dim=2)  # each (B, S, C)
+        k, v = self.kv(source).chunk(2, dim=2)  # each (B, S, C)
         return self.split_heads(k), self.split_heads(v)
 
     def forward(self, x, k, v):
-        C = x.size(2)
-        q = F.linear(x, self.c_attn.weight[:C], self.c_attn.bias[:C])  # (B, T, C)
-        y = attention(self.split_heads(q), k, v)  # (B, nh, T, hs)
+        y = attention(self.split_heads(self.q(x)), k, v)  # (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).reshape(x.shape))
 
 
 def token_scale(decoder):
     """The standard deviation of the decoder's token vectors."""
-    return decoder.wte.weight.float().std().item()
+    return (decoder.wte.weight.float() + decoder.center).std().item()
 
 
 BRIDGES = {
@@ -273,7 +317,8 @@ def build(name, S, D, decoder):
     """A Captioner with a new bridge for S vision tokens of width D."""
     room = decoder.config.block_size
     if S + 2 > room:
-        raise UserError(f"{S} vision tokens leave no room in a context of {room}: use another --lm")
+        problem = f"{S} vision tokens leave no room in a context of {room}"
+        raise UserError(problem, "use another --lm")
     return Captioner(BRIDGES[name](S, D, decoder), decoder)
 
 
@@ -284,8 +329,9 @@ def build(name, S, D, decoder):
 #     cross                          <|endoftext|>   a    red     circle           P = 1
 #     targets                        a               red  circle  <|endoftext|>
 #
-# All captions of a picture are packed after one prefix (train_gpt2.pack), where each attends to the
-# prefix and to itself: one pass over P + 5 * 12 tokens does the work of five over P + 12.
+# All captions of a picture are packed after one prefix (train_gpt2.py, chapter 6), where each
+# attends to the prefix and to itself: one pass over P + 5 * 12 tokens does the work of five over
+# P + 12.
 
 
 class Captioner(nn.Module):
@@ -301,16 +347,16 @@ class Captioner(nn.Module):
 
     def beginning(self, vision):
         """What stands before the caption, (B, P, C), with the decoder's positions."""
+        positions = self.decoder.wpe.weight[: self.bridge.P]
         prefix = self.bridge.prefix(vision)
         if prefix is None:
-            prefix = self.decoder.wte.weight[self.eot].expand(len(vision), 1, -1)
-        return prefix + self.decoder.wpe.weight[: self.bridge.P]
+            return self.decoder.wte.weight[self.eot].expand(len(vision), 1, -1) + positions
+        return prefix + (positions - self.decoder.center)  # a prefix is no row of the token table
 
     def pack(self, captions):
         """Packed captions; captions: for each picture token lists, ended by <|endoftext|>."""
-        beginning = [self.eot] * self.bridge.P  # placeholders, replaced in loss()
-        rows = [(beginning, [ids[: self.room] for ids in group]) for group in captions]
-        return train_gpt2.pack(rows)
+        rows = [([], [ids[: self.room] for ids in group]) for group in captions]
+        return train_gpt2.pack(rows, self.bridge.P)
 
     def forward(self, vision, packed, weights=None):
         """(None, mean loss), as GPT has it with targets.
@@ -325,82 +371,26 @@ class Captioner(nn.Module):
 
     def loss(self, vision, packed, reduction="mean"):
         """Cross-entropy in nats of captions, given vision tokens (B, S, D); see GPT.loss."""
-        x = self.decoder.embed(packed.idx, packed.positions)  # (B, P + T, C)
-        x = torch.cat([self.beginning(vision), x[:, self.bridge.P :]], dim=1)
-        look = self.bridge.before_block(vision)
+        words = self.decoder.embed(packed.idx, packed.positions)  # (B, T, C)
+        x = torch.cat([self.beginning(vision), words], dim=1)  # (B, P + T, C)
+        look = self.bridge.hook(vision)
         h = self.decoder.hidden_states(x, packed.mask, before_block=look)
         return self.decoder.loss(packed.at_source(h), packed.targets, reduction)
 
     @torch.no_grad()
-    def generate(self, vision, max_new_tokens=30, prompt=None, temperature=0.0, **sampling):
+    def generate(self, vision, max_new_tokens=None, prompt=None, temperature=0.0, **sampling):
         """Token ids (B, n + new) for vision tokens (B, S, D); greedy without a temperature.
 
-        prompt: (B, n) ids with which the captions begin.
+        max_new_tokens: by default as many as a caption may have in training. prompt: (B, n) ids
+        with which the captions begin.
         """
         if prompt is None:
             prompt = torch.empty(len(vision), 0, dtype=torch.long, device=vision.device)
-        sampling |= {"prefix": self.beginning(vision), "stop": self.eot, "temperature": temperature}
-        sampling["before_block"] = self.bridge.before_block(vision)
-        length = min(max_new_tokens, self.room - prompt.size(1))
-        return train_gpt2.generate(self.decoder, prompt, length, **sampling)
-
-    def prefill(self, vision, W):
-        """(cache, hidden states (B * W, C) of the last position): once a picture, then W rows."""
-        cache = [KVCache() for _ in self.decoder.h]
-        look = self.bridge.before_block(vision)
-        h = self.decoder.hidden_states(self.beginning(vision), cache=cache, before_block=look)
-        for layer in cache:
-            layer.k = layer.k.repeat_interleave(W, 0)
-            layer.v = layer.v.repeat_interleave(W, 0)
-        return cache, h[:, -1].repeat_interleave(W, 0)
-
-    @torch.no_grad()
-    def beam_search(self, vision, beams, max_new_tokens=30, length_penalty=1.0):
-        """Token ids (B, new) of the best caption, keeping W = `beams` beginnings at every step:
-
-            for each step:
-                candidates = [(beam + token, sum of log p) for beam in beams for token in tokens]
-                beams = the W best of candidates
-
-        A caption of n tokens is worth the sum of its log probabilities / n^length_penalty (Wu et
-        al. 2016, section 7, in its simple form): 0 favors short captions, 1 compares means. One
-        beam is greedy decoding. test_beam_search_equals_greedy_and_brute_force
-        """
-        B = len(vision)
-        W = beams
-        device = vision.device
-        first_row = W * torch.arange(B, device=device)[:, None]  # of the cache, for each picture
-        tokens = torch.zeros(B, W, 0, dtype=torch.long, device=device)
-        done = torch.zeros(B, W, dtype=torch.bool, device=device)
-        total = torch.full((B, W), -math.inf, device=device)
-        total[:, 0] = 0  # the beams are alike at first: only one may go on
-        cache, h = self.prefill(vision, W)
-        look = self.bridge.before_block(vision.repeat_interleave(W, 0))
-        for step in range(min(max_new_tokens, self.room)):
-            log_p = self.decoder.logits(h).float().log_softmax(-1).view(B, W, -1)
-            V = log_p.size(2)
-            log_p[done] = -math.inf  # a finished beam is followed by <|endoftext|>, for free
-            log_p[:, :, self.eot][done] = 0.0
-            sums = total[:, :, None] + log_p
-            lengths = (tokens != self.eot).sum(2) + 1  # with the next token, or the end
-            worth = sums / lengths[:, :, None] ** length_penalty
-            best = worth.view(B, -1).topk(W).indices  # (B, W), the best first
-            parent = best // V
-            token = best % V
-            total = sums.view(B, -1).gather(1, best)
-            tokens = tokens.gather(1, parent[:, :, None].expand_as(tokens))
-            tokens = torch.cat([tokens, token[:, :, None]], dim=2)
-            done = done.gather(1, parent) | (token == self.eot)
-            if done.all():
-                break
-            rows = (first_row + parent).view(-1)  # a beam takes over the cache of its parent
-            for layer in cache:
-                layer.k = layer.k[rows]
-                layer.v = layer.v[rows]
-            position = torch.full((1,), self.bridge.P + step, device=device)
-            x = self.decoder.embed(token.view(-1, 1), position)
-            h = self.decoder.hidden_states(x, cache=cache, before_block=look)[:, -1]
-        return tokens[:, 0]
+        room = self.room - prompt.size(1)
+        return train_gpt2.generate(
+            self.decoder, prompt, min(max_new_tokens or room, room),
+            prefix=self.beginning(vision), stop=self.eot, before_block=self.bridge.hook(vision),
+            temperature=temperature, **sampling)
 
 
 # -----------------------------------------------------------------------------
@@ -436,43 +426,56 @@ def get_micro_batches(train_set, captioner, recipe, seed, step):
         captions = itertools.chain(*(train_set.captions[i] for i in pictures))
         return sum(min(len(ids), captioner.room) for ids in captions)
 
-    mine = np.array_split(chosen, train_gpt2.world_size())[rank()]
     batches = []
-    for part in np.array_split(mine, math.ceil(len(mine) / recipe.micro_batch)):
+    for part in micro_batches_of(chosen, recipe):
         packed = captioner.pack([train_set.captions[i] for i in part])
         vision, packed = train_gpt2.pin(train_set.vision(part), packed)
         batches.append((vision, packed, targets(part) / targets(chosen)))
     return batches
 
 
-def train(name, setup, args):
-    """Train a bridge, or go on with its run, until the last step; returns the run's folder."""
+def micro_batches_of(chosen, recipe):
+    """The pictures of a step that are this rank's, in parts that are computed at once."""
+    mine = np.array_split(chosen, train_gpt2.world_size())[rank()]
+    return np.array_split(mine, math.ceil(len(mine) / recipe.micro_batch))
+
+
+def train(name, setup, out, flags, restart=False, base=None):
+    """Train a bridge, or go on with the run in `out`, until the last step; the loop of train_gpt2.
+
+    flags: of the recipe, {name: value or None}. base: the file of a trained bridge from which
+    self-critical training (chapter 5) begins; None: cross-entropy.
+    """
     device = pick_device()
     train_set = load_pictures(setup, "train")
     val_set = load_pictures(setup, "val")
-    torch.manual_seed(args.seed)
+    torch.manual_seed(setup.seed)
     captioner = build(name, *train_set.features.shape[1:], setup.decoder).to(device)
-    if args.scst:  # continues from the bridge that was trained with cross-entropy
-        captioner = load_captioner(trained_bridge(run_folder(name, args)), setup, args)
-    recipe = choose_recipe(name, setup, len(train_set), args)
+    if base:
+        captioner = load_captioner(base, setup)
+    recipe = choose_recipe(name, setup, len(train_set), flags, scst=bool(base))
     optimizer = train_gpt2.configure_optimizer(captioner.bridge, recipe)
-    identity = run_identity(name, captioner, setup, train_set, recipe, args)
-    out = run_folder(name, args, args.scst)
-    run = Run(out, identity, recipe, "pictures", args.restart)
+    identity = run_identity(name, setup, train_set, recipe, captioner.bridge if base else None)
+    run = Run(out, identity, recipe, "pictures", restart)
+    run.names = {"lm": setup.lm, "clip": setup.clip}
     run.resume(captioner.bridge, optimizer)
-    if run.step >= recipe.max_steps:
-        return out
+    if run.step == recipe.max_steps:
+        return
     parameters = sum(p.numel() for p in captioner.bridge.parameters())
     print(f"bridge     {out}: {parameters:,} trainable parameters", flush=True)
     parallel = train_gpt2.parallelize(captioner, compile=False)
-    if args.scst:
-        batches = sampled_batches(train_set, captioner, setup.tokenizer, recipe, run.step, args)
+    if base:
+        batches = sampled_batches(train_set, captioner, setup, recipe, run.step)
     else:
-        get_batches = functools.partial(get_micro_batches, train_set, captioner, recipe, args.seed)
+        get_batches = functools.partial(
+            get_micro_batches, train_set, captioner, recipe, setup.seed)
         batches = train_gpt2.prefetch(get_batches, run.step, recipe.max_steps)
+    evaluate = functools.partial(
+        validate, captioner, val_set, run, setup.tokenizer if base else None)
     with run:
-        if args.scst and run.step == 0:
-            run.log(validate(captioner, val_set, run, setup.tokenizer))
+        if run.lacks_evaluation() or (base and run.step == 0):
+            run.log(evaluate())
+            run.save(captioner.bridge, optimizer)
         for step, micro_batches in batches:
             lr = get_lr(step, recipe)
             for group in optimizer.param_groups:
@@ -480,18 +483,17 @@ def train(name, setup, args):
             loss, norm = train_gpt2.train_step(parallel, optimizer, micro_batches, recipe, device)
             run.count_step(loss, norm)
             stop = run.stop_requested() and run.step < recipe.max_steps
-            is_eval_step = run.step % recipe.eval_every == 0 or run.step == recipe.max_steps
+            is_eval_step = run.is_eval_step()
             row = {}
             if run.step % recipe.log_every == 0 or run.step == 1 or is_eval_step or stop:
                 row = run.progress(loss, lr, norm, recipe.batch_size)
             if is_eval_step and not stop:
-                row |= validate(captioner, val_set, run, setup.tokenizer if args.scst else None)
+                row |= evaluate()
             run.log(row)
             if is_eval_step or stop:
                 run.save(captioner.bridge, optimizer)
             if stop:
                 run.exit()
-    return out
 
 
 def validate(captioner, val_set, run, tokenizer=None):
@@ -510,65 +512,60 @@ def validate(captioner, val_set, run, tokenizer=None):
         score = -row["cider"]
     if score < run.best and rank() == 0:
         run.best = score
-        content = {"run": run.identity, "model": captioner.bridge.state_dict()}
-        train_gpt2.save_checkpoint(run.out / "best.pt", content, keep=False)
+        content = {"run": run.identity | run.names, "model": captioner.bridge.state_dict()}
+        train_gpt2.save_checkpoint(run.out / "best.pt", content)
     return row
 
 
 # -----------------------------------------------------------------------------
 # 5. Self-critical training: captions that are trained on their score
+#
+# Cross-entropy teaches each word after the words that people wrote. What is scored are whole
+# captions of the model's own; a score has no gradient, but the probability of a caption has one.
+# REINFORCE (Williams 1992) uses that grad p = p * grad log p: the gradient of the expected reward,
+# sum of p(caption) * reward(caption), is the mean of reward * grad log p over sampled captions.
+# So samples that score well are made more probable (Rennie et al. 2017):
+#
+#     samples = [sample(picture) for k in range(K)]                    # at temperature 1
+#     rewards = [cider(sample) for sample in samples]
+#     for k in range(K):
+#         baseline = mean of the other rewards                         # Luo 2020
+#         loss -= (rewards[k] - baseline) * log_p(samples[k]) / K
+#         loss -= ANCHOR * log_p(references[k]) / K
+#
+# The baseline does not depend on the sample, so on average it changes nothing; it takes away most
+# of the noise: a caption that is as good as the others is left alone. The end counts as a word, or
+# captions would end in "on a". The references' cross-entropy stays in the loss as an anchor:
+# captions narrow to the kind that scores best, and without it the bridge forgets what that kind
+# does not say. The printed loss is no measure of quality; only its gradient means something.
 
 SAMPLES = 5  # K captions of each picture
 ANCHOR = 0.5  # weight of the references' cross-entropy; rewards lie between 0 and 10
 END = "<end>"  # a word of the reward
 
 
-def sampled_batches(train_set, captioner, tokenizer, recipe, first_step, args):
+def sampled_batches(train_set, captioner, setup, recipe, first_step):
     """Yield (step, [(vision, packed captions, their weights, share of the step's pictures)]).
 
-    Cross-entropy teaches each word after the words that people wrote. What is scored are whole
-    captions of the model's own; their score has no gradient, but their probability has one
-    (REINFORCE), so sampled captions that score well are made more probable (Rennie et al. 2017):
-
-        samples = [sample(picture) for k in range(K)]                    # at temperature 1
-        rewards = [cider(sample) for sample in samples]
-        for k in range(K):
-            baseline = mean of the other rewards                         # Luo 2020
-            loss -= (rewards[k] - baseline) * log_p(samples[k]) / K
-            loss -= ANCHOR * log_p(references[k]) / K
-
-    The baseline does not depend on the sample, so on average it changes nothing; it takes away most
-    of the noise: a caption that is as good as the others is left alone. The end counts as a word,
-    or captions would end in "on a". The references' cross-entropy stays in the loss: without it the
-    bridge forgets what the best-scored kind of caption does not say. The printed loss is no measure
-    of quality; only its gradient means something.
-    test_self_critical_gradient_equals_the_exact_one
+    A picture's K samples and K of its references are packed together after its prefix, so one pass
+    gives the log probabilities of all (tested by test_self_critical_gradient_equals_the_exact_one).
     """
     device = pick_device()
-    references = []
-    for picture in train_set.pictures:
-        references.append([[*coco_eval.tokenize(text), END] for text in picture["captions"]])
-    cider = coco_eval.CIDEr(references)
+    cider = coco_eval.CIDEr(map(reference_words, train_set.pictures))
     for step in range(first_step, recipe.max_steps):
-        seed = (args.seed * 10**6 + step) * 1000 + rank()
+        seed = (setup.seed * 10**6 + step) * 1000 + rank()
         generator = torch.Generator(device).manual_seed(seed)
-        chosen = train_gpt2.step_indices(args.seed, step, recipe.batch_size, len(train_set))
-        mine = np.array_split(chosen, train_gpt2.world_size())[rank()]
+        chosen = train_gpt2.step_indices(setup.seed, step, recipe.batch_size, len(train_set))
         batches = []
-        for part in np.array_split(mine, math.ceil(len(mine) / recipe.micro_batch)):
+        for part in micro_batches_of(chosen, recipe):
             vision = train_set.vision(part).to(device)
             drawn = draw_samples(captioner, vision, generator)
-            rewards = []
             groups = []
-            for picture, samples in zip(part, drawn, strict=True):
-                for ids in samples:
-                    words = coco_eval.tokenize(train_gpt2.decode([ids], tokenizer)[0])
-                    words += [END] * ids.count(captioner.eot)
-                    rewards.append(cider.score(references[picture], words))
-                groups.append(samples + train_set.captions[picture][:SAMPLES])
-            rewards = torch.tensor(rewards).view(-1, SAMPLES)  # (B, K)
-            baselines = (rewards.sum(1, keepdim=True) - rewards) / (SAMPLES - 1)
-            advantages = rewards - baselines
+            rewards = []
+            for i, samples in zip(part, drawn, strict=True):
+                groups.append(samples + train_set.captions[i][:SAMPLES])
+                rewards.append(rewards_of(samples, train_set.pictures[i], cider, setup.tokenizer))
+            advantages = advantages_of(torch.tensor(rewards))  # (B, K)
             weights = torch.cat([advantages, torch.full_like(advantages, ANCHOR)], dim=1) / SAMPLES
             batches.append((vision, captioner.pack(groups), weights, len(part) / len(chosen)))
         yield step, batches
@@ -584,8 +581,98 @@ def draw_samples(captioner, vision, generator):
     return [rows[i : i + SAMPLES] for i in range(0, len(rows), SAMPLES)]
 
 
+def reference_words(picture):
+    """The words of a picture's references, each with its end."""
+    return [[*coco_eval.tokenize(text), END] for text in picture["captions"]]
+
+
+def rewards_of(samples, picture, cider, tokenizer):
+    """The CIDEr-D of each sampled caption of a picture."""
+    references = [cider.weigh(words) for words in reference_words(picture)]
+    rewards = []
+    for ids, text in zip(samples, train_gpt2.decode(samples, tokenizer), strict=True):
+        words = coco_eval.tokenize(text) + [END] * ids.count(tokenizer.eot_token)
+        rewards.append(cider.score(references, words))
+    return rewards
+
+
+def advantages_of(rewards):
+    """Each reward (B, K) less the mean of the picture's K - 1 others."""
+    baselines = (rewards.sum(1, keepdim=True) - rewards) / (rewards.size(1) - 1)
+    return rewards - baselines
+
+
+# =============================================================================
+# From here on: tooling, for reference
+# =============================================================================
+# Beam search
+
+
+def prefill(captioner, vision, W):
+    """(cache, hidden states (B * W, C) of the last position): once a picture, then W rows of it."""
+    decoder = captioner.decoder
+    cache = [KVCache() for _ in decoder.h]
+    look = captioner.bridge.hook(vision)
+    h = decoder.hidden_states(captioner.beginning(vision), cache=cache, before_block=look)
+    for layer in cache:
+        layer.k = layer.k.repeat_interleave(W, 0)
+        layer.v = layer.v.repeat_interleave(W, 0)
+    return cache, h[:, -1].repeat_interleave(W, 0)
+
+
+@torch.no_grad()
+def beam_search(captioner, vision, beams, max_new_tokens=None, length_penalty=1.0):
+    """Token ids (B, new) of the best caption, keeping W = `beams` beginnings at every step:
+
+        for each step:
+            candidates = [(beam + token, sum of log p) for beam in beams for token in tokens]
+            beams = the W best of candidates
+
+    A caption of n tokens is worth the sum of its log probabilities / n^length_penalty (Wu et
+    al. 2016, section 7, in its simple form): 0 favors short captions, 1 compares means. One
+    beam is greedy decoding (tested by test_beam_search_equals_greedy_and_brute_force).
+    """
+    decoder = captioner.decoder
+    eot = captioner.eot
+    B = len(vision)
+    W = beams
+    device = vision.device
+    first_row = W * torch.arange(B, device=device)[:, None]  # of the cache, for each picture
+    tokens = torch.zeros(B, W, 0, dtype=torch.long, device=device)
+    done = torch.zeros(B, W, dtype=torch.bool, device=device)
+    total = torch.full((B, W), -math.inf, device=device)
+    total[:, 0] = 0  # the beams are alike at first: only one may go on
+    cache, h = prefill(captioner, vision, W)
+    look = captioner.bridge.hook(vision.repeat_interleave(W, 0))
+    for step in range(min(max_new_tokens or captioner.room, captioner.room)):
+        log_p = decoder.logits(h).float().log_softmax(-1).view(B, W, -1)
+        V = log_p.size(2)
+        log_p[done] = -math.inf  # a finished beam is followed by <|endoftext|>, for free
+        log_p[:, :, eot][done] = 0.0
+        sums = total[:, :, None] + log_p  # (B, W, V)
+        lengths = (tokens != eot).sum(2) + 1  # (B, W), with the next token, or the end
+        worth = sums / lengths[:, :, None] ** length_penalty  # (B, W, V)
+        best = worth.view(B, -1).topk(W).indices  # (B, W) of W * V, the best first
+        parent = best // V  # (B, W), the beam that goes on
+        token = best % V  # (B, W), with this token
+        total = sums.view(B, -1).gather(1, best)  # (B, W)
+        tokens = tokens.gather(1, parent[:, :, None].expand_as(tokens))
+        tokens = torch.cat([tokens, token[:, :, None]], dim=2)  # (B, W, step + 1)
+        done = done.gather(1, parent) | (token == eot)
+        if done.all():
+            break
+        rows = (first_row + parent).view(-1)  # a beam takes over the cache of its parent
+        for layer in cache:
+            layer.k = layer.k[rows]
+            layer.v = layer.v[rows]
+        position = torch.full((1,), captioner.bridge.P + step, device=device)
+        x = decoder.embed(token.view(-1, 1), position)
+        h = decoder.hidden_states(x, cache=cache, before_block=look)[:, -1]
+    return tokens[:, 0]
+
+
 # -----------------------------------------------------------------------------
-# 6. Evaluation and comparison
+# Evaluation and comparison
 
 
 @torch.no_grad()
@@ -613,7 +700,7 @@ def write_captions(captioner, vision, tokenizer, prompts=None, beams=1, **option
         prompt = None if prompts is None else prompts[i : i + batch].to(device)
         with autocast(device):
             if beams > 1:
-                ids = captioner.beam_search(part, beams)
+                ids = beam_search(captioner, part, beams)
             else:
                 ids = captioner.generate(part, prompt=prompt, **options)
         rows += ids.tolist()
@@ -621,16 +708,21 @@ def write_captions(captioner, vision, tokenizer, prompts=None, beams=1, **option
 
 
 def ask_facts(pictures, tokenizer, answer):
-    """{fact: how often it is right} when answer() completes beginnings (B, n) that ask for it."""
+    """{fact: how often it is right} when answer() completes beginnings (B, n) that ask for it.
+
+    Prints the first question about a place with its answer, as an example.
+    """
     rng = random.Random(0)
     asked = [coco_eval.questions(picture["scene"], rng) for picture in pictures]
     shares = {}
     for fact in coco_eval.FACTS:
-        prompts = [tokenizer.encode_ordinary(question[fact]) for question in asked]
-        texts = answer(torch.tensor(prompts))
+        texts = answer(torch.tensor([tokenizer.encode_ordinary(each[fact]) for each in asked]))
         pairs = zip(texts, pictures, strict=True)
         correct = [coco_eval.facts(text, p["scene"])[fact] is True for text, p in pairs]
         shares[fact] = sum(correct) / len(correct)
+        if fact == "place":
+            verdict = "right" if correct[0] else "wrong"
+            print(f'asked      "{asked[0][fact]} ...", for example: "{texts[0]}" is {verdict}')
     return shares
 
 
@@ -658,37 +750,29 @@ def score_captions(captioner, pictures, tokenizer, beams=1):
     return coco_eval.evaluate(references, dict(zip(references, texts, strict=True))), texts
 
 
-def evaluate(out, setup, args, beam=None):
+def evaluate(out, setup, beam=None):
     """Score the best bridge of a run on the validation pictures: print, write files, return a dict.
 
     The files are results.json, scores.json, grid.png (of beam search: results_beam.json ...).
     "shuffled": each caption with the tokens of another picture; what is right then was guessed.
     """
     device = pick_device()
-    tokenizer = setup.tokenizer
-    captioner = load_captioner(Path(out) / "best.pt", setup, args)
+    captioner = load_captioner(Path(out) / "best.pt", setup)
     val_set = load_pictures(setup, "val")
     decoding = f"beam {beam}" if beam else "greedy"
-    scores, texts = score_captions(captioner, val_set, tokenizer, beam or 1)
-    row = {"parameters": sum(p.numel() for p in captioner.bridge.parameters())}
-    row |= {"pictures": len(val_set), "decoding": decoding} | scores["corpus"]
-    row["nats per caption"] = caption_loss(captioner, val_set, device)[1]
-    row["shuffled"] = caption_loss(captioner, val_set.shuffled(), device)[1]
+    scores, texts = score_captions(captioner, val_set, setup.tokenizer, beam or 1)
+    row = {
+        "parameters": sum(p.numel() for p in captioner.bridge.parameters()),
+        "pictures": len(val_set),
+        "decoding": decoding,
+        **scores["corpus"],
+        "nats per caption": caption_loss(captioner, val_set, device)[1],
+        "shuffled": caption_loss(captioner, val_set.shuffled(), device)[1],
+    }
     lines = []
-    if val_set.pictures[0]["scene"]:  # the toy pictures, whose scenes are known
-        unseen = load_pictures(setup, "unseen")
-        pairs = zip(texts, val_set.pictures, strict=True)
-        wrong = [False in coco_eval.facts(text, p["scene"]).values() for text, p in pairs]
-        row["captions true"] = 1 - sum(wrong) / len(wrong)
-        groups = {"": val_set, ", unseen pairs": unseen, ", shuffled": val_set.shuffled()}
-        for kind, group in groups.items():
-            parts = (captioner, group.vision(), tokenizer)
-            answer = functools.partial(write_captions, *parts, max_new_tokens=8)
-            for fact, share in ask_facts(group.pictures, tokenizer, answer).items():
-                row[fact + kind] = share
-            facts = [f"{fact} {row[fact + kind]:.2f}" for fact in coco_eval.FACTS]
-            lines.append(f"{'facts' + kind:22} {'  '.join(facts)}")
-        lines.append(f"captions without a false statement: {row['captions true']:.2f}")
+    if all(picture["scene"] for picture in val_set.pictures):  # the toy pictures
+        facts, lines = scene_facts(captioner, setup, val_set, texts)
+        row |= facts
     if rank() == 0:
         write_scores(Path(out), val_set.pictures, texts, row | scores, "_beam" if beam else "")
     losses = f"{row['nats per caption']:.2f} nats per caption, shuffled {row['shuffled']:.2f}"
@@ -698,6 +782,28 @@ def evaluate(out, setup, args, beam=None):
         print("a tenth of the pictures was held out: not comparable with results on val2017")
     print(f"{out} has best.pt, results, scores, curves.png and grid.png")
     return row
+
+
+def scene_facts(captioner, setup, val_set, texts):
+    """({fact: share}, lines to print) of toy pictures, whose scenes are known, and their captions.
+
+    Also of pictures with pairs of color and shape that no training picture has ("unseen pairs").
+    """
+    pairs = zip(texts, val_set.pictures, strict=True)
+    wrong = [False in coco_eval.facts(text, p["scene"]).values() for text, p in pairs]
+    row = {"captions true": 1 - sum(wrong) / len(wrong)}
+    unseen = load_pictures(setup, "unseen")
+    lines = []
+    groups = {"": val_set, ", unseen pairs": unseen, ", shuffled": val_set.shuffled()}
+    for kind, group in groups.items():
+        parts = (captioner, group.vision(), setup.tokenizer)
+        answer = functools.partial(write_captions, *parts, max_new_tokens=8)
+        for fact, share in ask_facts(group.pictures, setup.tokenizer, answer).items():
+            row[fact + kind] = share
+        facts = [f"{fact} {row[fact + kind]:.2f}" for fact in coco_eval.FACTS]
+        lines.append(f"{'facts' + kind:22} {'  '.join(facts)}")
+    lines.append(f"captions without a false statement: {row['captions true']:.2f}")
+    return row, lines
 
 
 def write_scores(out, pictures, texts, scores, suffix):
@@ -723,6 +829,7 @@ def draw_grid(path, captions, size=256):
         y = gap + i // 3 * (size + below)
         image = coco_eval.load_image(picture)
         sheet.paste(ImageOps.pad(image, (size, size), color="white"), (x, y))
+        caption = caption.encode("latin-1", "replace").decode("latin-1")  # all that the font has
         lines = textwrap.wrap(caption, 31)[:4]
         draw.multiline_text((x, y + size + 6), "\n".join(lines), "#111827", font)
     with fineweb.atomic_write(path) as file:
@@ -731,36 +838,33 @@ def draw_grid(path, captions, size=256):
 
 def compare(args):
     """Train and score all bridges under one budget, with one seed or more: a table and a chart."""
-    path = run_folder("compare", args) / "table.md"
     results = []
-    for seed in range(args.seed, args.seed + (args.seeds or 1)):
-        args.seed = seed  # in the toy setup that of the decoder and of CLIP too
-        results.append(compare_bridges(open_setup(args), args))
+    for seed in range(args.seed, args.seed + args.seeds):
+        parts = choose_parts(args, seed=seed)  # in the toy setup the decoder's and CLIP's seed too
+        results.append(compare_bridges(args, parts, open_setup(parts)))
+    folder = run_folder(args, choose_parts(args, seed=args.seed), "compare")
     table = "\n".join(comparison(results))
     if rank() == 0:
-        with fineweb.atomic_write(path, "w") as file:
+        with fineweb.atomic_write(folder / "table.md", "w") as file:
             file.write(table + "\n")
-    print(f"\n{table}\n\n{path.parent} has table.md and curves.png")
+    print(f"\n{table}\n\n{folder} has table.md and curves.png")
 
 
-def compare_bridges(setup, args):
+def compare_bridges(args, parts, setup):
     """{bridge: its numbers} for one seed, also of the map in words."""
     columns = {}
     curves = {}
-    steps = set()
-    val_set = load_pictures(setup, "val")
     for name in BRIDGES:
-        out = train(name, setup, args)
+        out = run_folder(args, parts, name)
+        train(name, setup, out, recipe_flags(args), args.restart)
         log = train_gpt2.read_log(out / "log.csv")
         curves[name] = train_gpt2.curve(log, "val_val")
-        steps.add(log[-1]["step"])
-        columns[name] = evaluate(out, setup, args) | {"seconds": log[-1]["seconds"]}
-    if len(steps) > 1:
-        raise UserError("the runs have different budgets: give --restart, or another --out")
-    if setup.tokenizer.name == "tiny" and val_set.pictures[0]["scene"]:
-        columns["map in words"] = map_facts(setup, val_set.pictures)
+        columns[name] = evaluate(out, setup) | {"seconds": log[-1]["seconds"]}
+    pictures = load_pictures(setup, "val").pictures
+    if setup.tokenizer.name == "tiny" and all(picture["scene"] for picture in pictures):
+        columns["map in words"] = map_facts(setup, pictures)
     if rank() == 0:
-        path = run_folder("compare", args) / "curves.png"
+        path = run_folder(args, parts, "compare") / "curves.png"
         train_gpt2.draw_curves(path, {"validation loss, nats per token": curves})
     return columns
 
@@ -785,9 +889,9 @@ def comparison(results):
 
 
 # -----------------------------------------------------------------------------
-# 7. Your own pictures
+# Your own pictures
 
-KINDS = ".jpg .jpeg .jfif .png .gif .webp .avif .bmp .tif .tiff".split()
+PICTURE_SUFFIXES = ".jpg .jpeg .jfif .png .gif .webp .avif .bmp .tif .tiff".split()
 
 
 def find_pictures(names):
@@ -796,69 +900,101 @@ def find_pictures(names):
     for name in names:
         if name.startswith(("https://", "http://")):
             file = hashlib.sha256(name.encode()).hexdigest()[:8] + Path(name.split("?")[0]).suffix
-            name = fineweb.download(name, Path("data/pictures") / file)
+            path = Path("data/pictures") / file
+            with train_gpt2.rank_zero_first():  # anew: another picture may be there by now
+                name = fineweb.download(name, path, anew=rank() == 0)
         name = Path(name)
         inside = [name]
+        if not name.exists():
+            raise UserError(f"{name} is not there", "check the path")
         if name.is_dir():
-            inside = sorted(path for path in name.iterdir() if path.suffix.lower() in KINDS)
+            suffixes = PICTURE_SUFFIXES
+            inside = sorted(path for path in name.iterdir() if path.suffix.lower() in suffixes)
         if not inside:
-            raise UserError(f"{name} has no pictures ({' '.join(KINDS)}): name another folder")
-        if not inside[0].exists():
-            raise UserError(f"{name} is not there: check the path")
+            suffixes = " ".join(PICTURE_SUFFIXES)
+            raise UserError(f"{name} has no pictures ({suffixes})", "name another folder")
         paths += inside
     return paths
 
 
 def sample(args):
     """Caption your own pictures with the best bridge of a run, training first what is missing."""
-    sampling_seed = args.seed
-    args.seed = 0  # of what is trained
     paths = find_pictures(args.sample)
+    for file in filter(None, (args.grid, args.results)):
+        if Path(file).is_dir() or Path(file).resolve() in [path.resolve() for path in paths]:
+            raise UserError(f"{file} cannot be written to", "name another file")
     if len(paths) == 1:
         coco_eval.load_image(paths[0])  # fails here, before anything is trained
-    setup = open_setup(args)
-    bridge = args.ckpt
-    if not bridge:
-        out = run_folder(args.bridge, args, args.scst)
-        bridge = out / "best.pt"
-        if args.restart or not list(out.glob("scores*.json")):
-            print(f"missing    the bridge: training {args.bridge}", flush=True)
-            evaluate(train(args.bridge, setup, args), setup, args)
-    captioner = load_captioner(bridge, setup, args)
+    bridge, setup = trained_captioner(args)
+    captioner = load_captioner(bridge, setup)
     options = {"beams": args.beam or 1}
     if args.num or args.temperature is not None or args.top_p:
-        temperature = 0.8 if args.temperature is None else args.temperature
-        generator = torch.Generator(pick_device()).manual_seed(sampling_seed)
-        options = {"temperature": temperature, "top_p": args.top_p or 0.9, "generator": generator}
+        options = {
+            "temperature": 0.8 if args.temperature is None else args.temperature,
+            "top_p": args.top_p or 0.9,
+            "generator": torch.Generator(pick_device()).manual_seed(args.seed),
+        }
     captions = {}
-    for path in paths:
-        try:
-            image = coco_eval.load_image(path)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            continue
-        tokens = setup.encoder(setup.encoder.preprocess(image)[None])  # (1, 1 + n * n, D)
-        vision = pool_tokens(tokens).expand(args.num or 1, -1, -1)  # (captions, S, D)
-        texts = write_captions(captioner, vision, setup.tokenizer, **options)
+    for path, texts in caption_pictures(captioner, setup, paths, args.num or 1, options):
         for text in texts:
             print(f"{path}: {text}", flush=True)
         captions[path] = texts[0]
     if not captions:
-        raise UserError("none of these pictures can be read: name others")
+        raise UserError("none of these pictures can be read", "name others")
     if args.grid:
         draw_grid(args.grid, captions)
         print(f"{args.grid} has the pictures with their captions")
+    if args.results:
+        results = [{"image_id": str(path), "caption": text} for path, text in captions.items()]
+        with fineweb.atomic_write(args.results, "w") as file:
+            json.dump(results, file)
+        print(f"{args.results} has the captions")
 
 
-def load_captioner(path, setup, args):
+def caption_pictures(captioner, setup, paths, num, options):
+    """Yield (path, its captions) for pictures that can be read, in order; threads read ahead."""
+
+    def get_batch(i):
+        batch = []
+        for path in paths[i * CLIP_BATCH : (i + 1) * CLIP_BATCH]:
+            try:
+                batch.append((path, setup.encoder.prepare(path)))
+            except UserError as error:
+                tqdm.write(f"error: {error}", file=sys.stderr)
+        return batch
+
+    for _, batch in train_gpt2.prefetch(get_batch, 0, math.ceil(len(paths) / CLIP_BATCH), ahead=2):
+        if batch:
+            tokens = setup.encoder(torch.stack([image for _, image in batch]))
+            vision = pool_tokens(tokens).repeat_interleave(num, 0)  # (B * num, S, D)
+            texts = write_captions(captioner, vision, setup.tokenizer, **options)
+            for k, (path, _) in enumerate(batch):
+                yield path, texts[k * num : (k + 1) * num]
+
+
+def trained_captioner(args):
+    """(file of a bridge, Setup) for the flags: --ckpt, or a run, which is trained if it must be."""
+    if args.ckpt:
+        return args.ckpt, open_setup(choose_parts(args, read_bridge(args.ckpt)[0]))
+    out, parts = choose_run(args, seed=0)
+    setup = open_setup(parts)
+    flags = recipe_flags(args)
+    changed = any(value is not None for value in flags.values())
+    if args.restart or changed or not train_gpt2.is_finished(out / "ckpt.pt"):
+        print(f"missing    the bridge: training {args.bridge}", flush=True)
+        train(args.bridge, setup, out, flags, args.restart, base_of(args, out))
+        evaluate(out, setup)
+    return out / "best.pt", setup
+
+
+def load_captioner(path, setup):
     """The Captioner of a bridge's file; UserError if its decoder or CLIP was another."""
     run, tensors = read_bridge(path)
-    here = {"lm": setup.decoder_name, "clip": setup.encoder.name}
-    here["bridge"] = args.bridge or run["bridge"]
-    for flag, value in here.items():
-        if str(run.get(flag)).split()[-1] != value.split()[-1]:  # of "name fingerprint" the latter
-            reason = f"{path} was trained with --{flag} {run.get(flag)}, not {value}"
-            raise UserError(f"{reason}: name that one, or train anew")
+    here = {"lm": setup.decoder_digest, "clip": setup.encoder.digest}
+    for part, digest in here.items():
+        if run[f"{part}_digest"] != digest:
+            problem = f"{path} was trained with --{part} {run[part]}, not {getattr(setup, part)}"
+            raise UserError(problem, "name that one, or train anew")
     captioner = build(run["bridge"], run["S"], run["D"], setup.decoder)
     with fineweb.reading(path, "a bridge of this version", RuntimeError, what_to_do="train anew"):
         captioner.bridge.load_state_dict(tensors)
@@ -869,25 +1005,35 @@ def read_bridge(path):
     """(what a bridge needs: decoder, CLIP ..., its tensors), from a checkpoint or an export."""
     if Path(path).suffix != ".safetensors":
         checkpoint = train_gpt2.read_checkpoint(path)
-        if "bridge" not in checkpoint["run"]:
-            raise UserError(f"{path} is not a bridge: name the best.pt of a run of caption.py")
-        return checkpoint["run"], checkpoint["model"]
-    with fineweb.reading(path, "a bridge that --export wrote", SafetensorError, FileNotFoundError):
-        with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["run"]), {k: file.get_tensor(k) for k in file.keys()}
+        run, tensors = checkpoint["run"], checkpoint["model"]
+    else:
+        what = "a bridge that --export wrote"
+        with fineweb.reading(path, what, SafetensorError, FileNotFoundError):
+            with safe_open(path, "pt") as file:
+                run = dict(json.loads(file.metadata()["run"]))
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+    needed = {"bridge", "toy", "seed", "lm", "lm_digest", "clip", "clip_digest", "S", "D"}
+    if not needed <= run.keys() or run["bridge"] not in BRIDGES:
+        raise UserError(f"{path} is not a bridge of this version", "name another, or train anew")
+    if not all(type(run[key]) is int and 0 < run[key] < 10**5 for key in ("S", "D")):
+        raise UserError(f"{path} has impossible sizes", "get it again")
+    return run, tensors
 
 
 def export(args):
     """Write a trained bridge alone as a safetensors file, with what it needs in its metadata."""
-    run, tensors = read_bridge(trained_bridge(run_folder(args.bridge, args, args.scst)))
     path = Path(args.export.removesuffix(".safetensors") + ".safetensors")
+    if args.export.endswith("/") or Path(args.export).is_dir():
+        raise UserError(f"{args.export} is a folder", "name a file")
+    out, _ = choose_run(args, args.seed)
+    run, tensors = read_bridge(trained_bridge(out))
     with fineweb.atomic_write(path) as file:
         file.write(save(tensors, metadata={"run": json.dumps(run)}))
     print(f"{path} has the bridge: python caption.py --ckpt {path} --sample img.jpg")
 
 
 # -----------------------------------------------------------------------------
-# Appendix A: vision tokens on disk. CLIP never changes, so each picture goes through it once
+# Vision tokens on disk. CLIP never changes, so each picture goes through it once
 
 CLIP_BATCH = 64
 
@@ -896,10 +1042,12 @@ def load_pictures(setup, split):
     """The PictureSet of a split, without the pictures that cannot be read."""
     pictures = coco_eval.read_dataset(setup.data, split)
     with train_gpt2.rank_zero_first():
-        features = cached_features(setup.encoder, pictures, setup.data.name)
-    rows = np.flatnonzero(~np.isnan(features[:, 0, 0]))
+        features, left_out = cached_features(setup.encoder, pictures, setup.data.name)
+    rows = np.setdiff1d(np.arange(len(pictures)), left_out)
+    if len(left_out):
+        print(f"left out   {len(left_out)} of {len(pictures)} pictures ({split}) cannot be read")
     if not len(rows):
-        raise UserError(f"no picture of {setup.data} ({split}) can be read: check the folder")
+        raise UserError(f"no picture of {setup.data} ({split}) can be read", "check the folder")
     pictures = [pictures[i] for i in rows]
     captions = []
     for picture in pictures:
@@ -912,114 +1060,178 @@ def load_pictures(setup, split):
 
 
 def cached_features(encoder, pictures, name):
-    """Vision tokens of pictures [{"id", "path"}, ...]: a memory map (pictures, S, D), float16.
+    """(vision tokens (pictures, S, D) as a memory map of float16, indices of unreadable pictures).
 
-    The file is named after a digest of CLIP and the pictures (path, size, time of change). An
-    interrupted pass resumes with its last whole batch. A picture that cannot be read is NaN.
+    The file is named after a digest of CLIP, the precision and the pictures (path, size, time of
+    change). An interrupted pass resumes with its last whole batch. A picture that cannot be read is
+    NaN; it is listed beside the file, and tried again each time.
     """
-    digest = hashlib.sha256(f"{encoder.name} 4x8".encode())
+    precision = "bf16" if train_gpt2.uses_bf16(pick_device()) else "fp32"
+    digest = hashlib.sha256(f"{encoder.digest} {precision} 4x8".encode())
     for picture in pictures:
-        path = Path(picture["path"]).absolute()
-        change = (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else None
-        digest.update(f"{picture['id']} {path} {change}\n".encode("utf-8", "surrogateescape"))
+        path = os.path.abspath(picture["path"])
+        change = None
+        if os.path.exists(path):  # which has no quarrel with odd names
+            change = (os.stat(path).st_size, os.stat(path).st_mtime_ns)
+        digest.update(f"{picture['id']} {path} {change}\n".encode("utf-8", "surrogatepass"))
     path = Path("data/features") / f"{name}-{digest.hexdigest()[:16]}.bin"
     shape = (len(pictures), 33, encoder.visual.transformer.width)
-    batch_bytes = 2 * CLIP_BATCH * shape[1] * shape[2]
+    list_file = path.with_suffix(".json")  # of what was left out
+    if not (path.exists() and list_file.exists() and path.stat().st_size == 2 * math.prod(shape)):
+        encode_pictures(encoder, pictures, path, shape)
+        unreadable = np.isnan(np.memmap(path, np.float16, "r", shape=shape)[:, 0, 0])
+        left_out = np.flatnonzero(unreadable).tolist()
+    else:
+        left_out = []
+        for i in json.loads(list_file.read_bytes()):
+            image = prepared(encoder, pictures[i])[None]
+            if image.isnan().any():
+                left_out.append(i)
+            else:
+                tokens = pool_tokens(encoder(image)).cpu().numpy().astype(np.float16)
+                np.memmap(path, np.float16, "r+", shape=shape)[i] = tokens[0]
+    with fineweb.atomic_write(list_file, "w") as file:
+        json.dump(left_out, file)
+    return np.memmap(path, np.float16, "r", shape=shape), left_out
+
+
+def encode_pictures(encoder, pictures, path, shape):
+    """Send pictures through CLIP, batch by batch, to a file that appears when it is whole."""
 
     def get_batch(i):
         batch = pictures[i * CLIP_BATCH : (i + 1) * CLIP_BATCH]
         return torch.stack([prepared(encoder, picture) for picture in batch])
 
-    if not path.exists():
-        part = path.with_suffix(".part")
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()
-        with fineweb.lock(part), open(part, "ab") as file:
-            done = file.tell() // batch_bytes
-            file.truncate(done * batch_bytes)
-            batches = math.ceil(len(pictures) / CLIP_BATCH)
-            loader = train_gpt2.prefetch(get_batch, done, batches, min(os.cpu_count(), 16))
-            options = {"initial": done, "total": batches, "unit_scale": CLIP_BATCH}
-            options |= {"desc": "vision tokens", "unit": " pictures", "disable": None}
-            for _, batch in tqdm(loader, **options):
-                tokens = pool_tokens(encoder(batch)).cpu().numpy().astype(np.float16)
-                file.write(tokens.tobytes())
-        os.replace(part, path)
-    return np.memmap(path, np.float16, "r", shape=shape)
+    part = path.with_suffix(".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.touch()
+    batch_bytes = 2 * CLIP_BATCH * shape[1] * shape[2]
+    with fineweb.lock(part), open(part, "ab") as file:
+        done = file.tell() // batch_bytes
+        file.truncate(done * batch_bytes)
+        batches = math.ceil(len(pictures) / CLIP_BATCH)
+        loader = train_gpt2.prefetch(get_batch, done, batches, min(os.cpu_count(), 16))
+        bar = tqdm(loader, "vision tokens", initial=done, total=batches, unit_scale=CLIP_BATCH,
+                   unit=" pictures", disable=None)
+        for _, batch in bar:
+            tokens = pool_tokens(encoder(batch)).cpu().numpy().astype(np.float16)
+            file.write(tokens.tobytes())
+    os.replace(part, path)
 
 
 def prepared(encoder, picture):
     """A picture as CLIP wants it, (3, H, W); NaN, and a line that says why, if it is broken."""
     try:
-        return encoder.preprocess(coco_eval.load_image(picture["path"]))
+        return encoder.prepare(picture["path"])
     except UserError as error:
         tqdm.write(f"left out: {error}")
         return torch.full_like(encoder.preprocess(Image.new("RGB", (8, 8))), math.nan)
 
 
 # -----------------------------------------------------------------------------
-# Appendix B: the toy setup and the full one
+# The toy setup and the full one
 
-VISION = {"image_size": 64, "patch_size": 8, "width": 96, "layers": 3, "head_width": 32}
-VISION["pool_type"] = "avg"
-TEXT = {"context_length": 32, "vocab_size": 431, "width": 64, "heads": 2, "layers": 2}
-TOY_CLIP = {"embed_dim": 64, "quick_gelu": True, "vision_cfg": VISION, "text_cfg": TEXT}
+CLIP_FOR_GPU = "ViT-L-14-quickgelu/openai"
+CLIP_FOR_CPU = "ViT-B-32-quickgelu/openai"
+TOY_CLIP = {
+    "embed_dim": 64,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 96, "layers": 3, "head_width": 32,
+                   "pool_type": "avg"},
+    "text_cfg": {"context_length": 32, "vocab_size": 431, "width": 64, "heads": 2, "layers": 2},
+}
 
 
-@dataclass
-class Setup:
-    """The frozen parts, and where the pictures are."""
+@dataclass(frozen=True)
+class Parts:
+    """Which frozen parts and pictures the command line, or a run, asks for."""
 
     toy: bool
     data: Path
+    lm: str  # as train_gpt2.py --ckpt names it
+    clip: str  # our own checkpoint, or open_clip's NAME/TAG or NAME/FILE
+    seed: int  # in the toy setup also that of the decoder and of CLIP
+
+
+@dataclass(frozen=True)
+class Setup(Parts):
+    """The frozen parts, loaded."""
+
     encoder: ImageEncoder
     decoder: train_gpt2.GPT
     tokenizer: object
-    decoder_name: str
+    decoder_digest: str
 
 
-def open_setup(args):
-    """The toy setup, made if it is missing, or the full one."""
-    toy = is_toy(args)
+def choose_parts(args, run=None, seed=0):
+    """The Parts for the flags, or else those of the bridge whose `run` is given.
+
+    UserError, before anything is loaded, for a flag that names another part than the run has. What
+    lies on this disk may be the same under another name: load_captioner() looks.
+    """
+    has_gpu = pick_device().type == "cuda"
+    toy = not args.data and not (has_gpu and Path("data/coco").exists())
+    if run:
+        toy = run["toy"]
+        seed = run["seed"]
+        for part, given in (("lm", args.lm), ("clip", args.clip), ("bridge", args.bridge)):
+            on_disk = given and (Path(given).exists() or Path(given.partition("/")[2]).is_file())
+            if given and given != run[part] and not on_disk:
+                problem = f"the bridge was trained with --{part} {run[part]}, not {given}"
+                raise UserError(problem, "leave the flag out, or train anew")
+    suffix = f"-{seed}" if seed else ""
     if toy:
-        data = Path("data/shapes")
-        clip = args.clip or f"runs/toy-clip{seed_suffix(args)}/ckpt.pt"
-        tiny = f"runs/tiny{seed_suffix(args)}"
-        lm = args.lm or f"{tiny}/ckpt.pt"
-        print("setup      toy: its bridges know colored shapes only. For photographs on a laptop:")
-        print("           python coco_eval.py --download --val-only   (1.1 + 2.3 GB, up to 4 h)")
-        print(f"           python caption.py --data data/coco --bridge {args.bridge or 'linear'}")
-        if not args.lm and not Path(tiny, "samples.txt").exists():  # a run writes it at its end
-            flags = ["--preset", "tiny", "--seed", str(args.seed), "--out", tiny]
-            print("missing    the decoder: python train_gpt2.py", *flags, flush=True)
-            train_gpt2.main(flags)  # on all ranks
-        with train_gpt2.rank_zero_first():
-            if not (data / "unseen").exists():
-                print(f"missing    the pictures: drawing them in {data}", flush=True)
-                coco_eval.make_shapes(data)
-            if not args.clip and not Path(clip).exists():
-                print("missing    the image encoder: a tiny CLIP on these pictures", flush=True)
-                train_clip(data, clip, args.seed)
+        lm = f"runs/tiny{suffix}/ckpt.pt"
+        clip = f"runs/toy-clip{suffix}/ckpt.pt"
     else:
-        data = Path(args.data or "data/coco")
-        clip = args.clip or "ViT-L-14-quickgelu/openai"
-        own = Path("runs/gpt2/samples.txt").exists()
-        lm = args.lm or ("runs/gpt2/ckpt.pt" if own else "gpt2")
-        print(f"setup      decoder {lm}, CLIP {clip}, pictures {data}", flush=True)
+        lm = "runs/gpt2/ckpt.pt" if train_gpt2.is_finished("runs/gpt2/ckpt.pt") else "gpt2"
+        clip = CLIP_FOR_GPU if has_gpu else CLIP_FOR_CPU
+    if run:
+        lm = run["lm"]
+        clip = run["clip"]
+    data = Path(args.data or ("data/shapes" if toy else "data/coco"))
+    return Parts(toy, data, args.lm or lm, args.clip or clip, seed)
+
+
+def open_setup(parts):
+    """Load the frozen parts; in the toy setup what is missing is made."""
+    if parts.toy:
+        make_toy_parts(parts)
+    else:
+        why = ""
+        if parts.clip == CLIP_FOR_CPU and pick_device().type == "cpu":
+            why = f" (there is no GPU: {CLIP_FOR_GPU} is 18 times as much work)"
+        print(f"setup      decoder {parts.lm}, pictures {parts.data}")
+        print(f"           CLIP {parts.clip}{why}", flush=True)
     with train_gpt2.rank_zero_first():
-        decoder, tokenizer, checkpoint = train_gpt2.load_model(lm)
-        preset = checkpoint.get("run", {}).get("preset", Path(lm).name)
-        decoder_name = f"{preset} {fingerprint(decoder)}"
-        encoder = load_clip(clip)
+        decoder, tokenizer, _ = train_gpt2.load_model(parts.lm)
+        decoder_digest = fingerprint(decoder)
+        encoder = load_clip(parts.clip)
     train_gpt2.freeze(decoder, pick_device())
-    return Setup(toy, data, encoder, decoder, tokenizer, decoder_name)
+    return Setup(**vars(parts), encoder=encoder, decoder=decoder, tokenizer=tokenizer,
+                 decoder_digest=decoder_digest)
 
 
-def is_toy(args):
-    """Whether this is the toy setup: no --data, and no GPU with COCO; or that of --ckpt."""
-    if args.ckpt:
-        return read_bridge(args.ckpt)[0]["toy"]
-    return not args.data and not (pick_device().type == "cuda" and Path("data/coco").exists())
+def make_toy_parts(parts):
+    """Train the toy decoder and CLIP, and draw the pictures, where they are missing."""
+    print("setup      toy: its bridges know colored shapes only. For photographs on a laptop:")
+    print("           python coco_eval.py --download --val-only   (1.1 GB)")
+    print("           python caption.py --data data/coco --bridge linear --sample img.jpg")
+    suffix = f"-{parts.seed}" if parts.seed else ""
+    out = f"runs/tiny{suffix}"
+    if parts.lm == f"{out}/ckpt.pt" and not train_gpt2.is_finished(parts.lm):
+        print(f"missing    the decoder: python train_gpt2.py --preset tiny --out {out}", flush=True)
+        data = train_gpt2.default_data("tiny")
+        with train_gpt2.rank_zero_first():
+            fineweb.make_toy_text(data)
+        train_gpt2.train("tiny", data, out, train_gpt2.RECIPES["tiny"], parts.seed)
+    with train_gpt2.rank_zero_first():
+        if parts.data == Path("data/shapes") and not (parts.data / "unseen").exists():
+            print(f"missing    the pictures: drawing them in {parts.data}", flush=True)
+            coco_eval.make_shapes(parts.data)
+        if parts.clip == f"runs/toy-clip{suffix}/ckpt.pt" and not Path(parts.clip).exists():
+            print("missing    the image encoder: a tiny CLIP on these pictures", flush=True)
+            train_clip(parts.data, parts.clip, parts.seed)
 
 
 def fingerprint(module):
@@ -1032,7 +1244,10 @@ def fingerprint(module):
 
 
 def load_clip(which):
-    """The ImageEncoder of our own checkpoint, or of open_clip: NAME/TAG or NAME/FILE."""
+    """The ImageEncoder of our own checkpoint, or of open_clip: NAME/TAG or NAME/FILE.
+
+    Its digest is that of the weights, the activation and the preprocessing.
+    """
     import open_clip  # here, because it takes five seconds
 
     if Path(which).suffix == ".pt" and Path(which).exists():
@@ -1040,18 +1255,29 @@ def load_clip(which):
         model = open_clip.CLIP(**checkpoint["clip"])
         model.load_state_dict(checkpoint["model"])
         preprocess = open_clip.image_transform(model.visual.image_size, is_train=False)
-        return ImageEncoder(model.visual, preprocess, f"toy {fingerprint(model.visual)}")
-    name, _, tag = str(which).partition("/")
-    tag = tag or "openai"  # without a tag open_clip takes random weights
-    options = {"pretrained": tag, "force_quick_gelu": tag == "openai"}  # OpenAI's activation
-    try:
-        model, _, preprocess = open_clip.create_model_and_transforms(name, **options)
-        identity = f"{name}/{Path(tag).name} {fingerprint(model.visual)}"
-        return ImageEncoder(model.visual, preprocess, identity)
-    except Exception as error:  # the hub's client and torch.load raise many kinds
-        reason = (str(error) or type(error).__name__).splitlines()[0][:90]
-        what_to_do = "name a vision transformer's NAME/TAG, ViT-L-14-quickgelu/openai, or NAME/FILE"
-        raise UserError(f"--clip {which} cannot be loaded ({reason}): {what_to_do}") from None
+    else:
+        name, _, tag = str(which).partition("/")
+        tag = tag or "openai"  # without a tag open_clip takes random weights
+        options = {"pretrained": tag, "force_quick_gelu": tag == "openai"}  # OpenAI's activation
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        if tags and tag not in tags:  # a FILE: prepare pictures as for the NAME's published weights
+            published = open_clip.get_pretrained_cfg(name, tags[0])
+            for key in ("mean", "std", "interpolation", "resize_mode"):
+                options[f"image_{key}"] = published.get(key)
+        try:
+            model, _, preprocess = open_clip.create_model_and_transforms(name, **options)
+        except Exception as error:  # the hub's client and torch.load raise many kinds
+            reason = (str(error) or type(error).__name__).splitlines()[0][:90]
+            what_to_do = f"name a vision transformer as {CLIP_FOR_CPU}, or NAME/FILE"
+            raise UserError(f"--clip {which} cannot be loaded ({reason})", what_to_do) from error
+    if not isinstance(model.visual, open_clip.transformer.VisionTransformer):
+        raise UserError(f"--clip {which} is no vision transformer", f"name one, as {CLIP_FOR_CPU}")
+    kinds = {type(module).__name__ for module in model.visual.modules()}
+    activation = sorted(kind for kind in kinds if "GELU" in kind)
+    preprocessing = sorted(open_clip.get_model_preprocess_cfg(model).items())
+    identity = f"{fingerprint(model.visual)} {activation} {preprocessing}"
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    return ImageEncoder(model.visual, preprocess, digest)
 
 
 def train_clip(data, path, seed=0):
@@ -1111,81 +1337,114 @@ def similar_pictures(colors, seed, step, batch_size, group=8):
 
 
 def clip_texts(captions):
-    """Token ids (B, 32) for CLIP, which reads a text at its largest id: <|endoftext|>."""
+    """Token ids (B, 32) for CLIP, of lists of words: a begin, the words, <|endoftext|>, zeros.
+
+    CLIP reads a text at its largest id, which is <|endoftext|>.
+    """
     tokenizer = fineweb.get_tokenizer("tiny")
+    begin = tokenizer.eot_token - 1  # " .", which no caption has
     rows = []
-    for words in captions:  # 21 at most, after " .", a token that no caption has
-        tokens = [tokenizer.eot_token - 1, *tokenizer.encode_ordinary(" ".join(words))]
-        rows.append([*tokens, tokenizer.eot_token] + [0] * (31 - len(tokens)))
+    for words in captions:  # 21 tokens at most
+        tokens = [begin, *tokenizer.encode_ordinary(" ".join(words)), tokenizer.eot_token]
+        rows.append(tokens + [0] * (32 - len(tokens)))
     return torch.tensor(rows)
 
 
 # -----------------------------------------------------------------------------
-# Appendix C: the recipe and the folder of a run
+# Recipes and runs
 
 # the highest learning rate, and Muon's as a multiple of it (0: AdamW alone)
 TOY_RATES = {"linear": (2.8e-2, 1.4), "cross": (1e-2, 2), "qformer": (7e-3, 2)}
 FULL_RATES = {"linear": (2e-3, 0), "cross": (4e-4, 0), "qformer": (4e-4, 0)}
 
 
-def choose_recipe(name, setup, pictures, args):
+def recipe_flags(args):
+    """The flags that change a recipe, {name: value or None}."""
+    return {name: getattr(args, name) for name in ("max_steps", "batch_size", "micro_batch", "lr")}
+
+
+def choose_recipe(name, setup, pictures, flags, scst=False):
     """All bridges share one budget; only the learning rates are each one's own."""
     rates = TOY_RATES if setup.toy else FULL_RATES
     lr, muon = rates["linear" if name == "blind" else name]
-    batch = args.batch_size or (32 if setup.toy else 64)
-    steps = 500 if setup.toy else math.ceil(4 * pictures / batch)
+    has_gpu = pick_device().type == "cuda"
+    passes = 4 if has_gpu else 1.5  # over the photographs: an hour on a laptop
+    batch = flags["batch_size"] or (64 if has_gpu and not setup.toy else 32)
+    steps = 500 if setup.toy else math.ceil(passes * pictures / batch)
     decay = 0.1
-    if args.scst:  # a step samples captions, which takes longer, and only corrects
+    if scst:  # a step samples captions, which takes longer, and only corrects
         steps = math.ceil(0.6 * steps)
         lr /= 10
         decay = 0.0
-    steps = args.max_steps or steps
+    steps = flags["max_steps"] or steps
     warmup = max(1, round(0.03 * steps))
-    options = {"cooldown": 0.6, "weight_decay": decay, "eval_every": max(1, steps // 10)}
-    recipe = Recipe(steps, batch, batch, lr, warmup, muon=muon, **options)
-    return train_gpt2.with_flags(recipe, args)
+    evaluations = 10 if has_gpu or setup.toy else 4
+    recipe = Recipe(steps, batch, batch, lr, warmup, cooldown=0.6, muon=muon, weight_decay=decay,
+                    eval_every=max(1, steps // evaluations), log_every=20 if setup.toy else 5)
+    return train_gpt2.with_flags(recipe, flags)
 
 
-def trained_bridge(folder):
-    """The best bridge of a run that has come to its end, of which its scores are the mark."""
-    if not list(folder.glob("scores*.json")):
-        raise UserError(f"{folder} has no trained bridge: train it to its end first")
-    return folder / "best.pt"
-
-
-def run_identity(name, captioner, setup, train_set, recipe, args):
+def run_identity(name, setup, train_set, recipe, base=None):
     """What has to stay the same when a run is continued, and what its bridge needs to be used."""
     S, D = train_set.features.shape[1:]
-    captions = hashlib.sha256(json.dumps(train_set.captions).encode()).hexdigest()[:16]
-    identity = {"toy": setup.toy, "bridge": name, "S": S, "D": D, "captions": captions}
-    identity |= {"lm": setup.decoder_name, "clip": setup.encoder.name}
-    if args.scst:  # samples depend on what is computed together
-        parts = [recipe.micro_batch, train_gpt2.world_size()]
-        identity |= {"base": fingerprint(captioner.bridge), "parts": parts}
-    return identity | {"seed": args.seed, "batch_size": recipe.batch_size}
+    identity = {
+        "toy": setup.toy,
+        "bridge": name,
+        "S": S,
+        "D": D,
+        "captions": hashlib.sha256(json.dumps(train_set.captions).encode()).hexdigest()[:16],
+        "lm_digest": setup.decoder_digest,
+        "clip_digest": setup.encoder.digest,
+        "seed": setup.seed,
+        "batch_size": recipe.batch_size,
+    }
+    if base is None:
+        return identity
+    # self-critical training goes on from a bridge; its samples depend on what is computed together
+    parts = [recipe.micro_batch, train_gpt2.world_size()]
+    return identity | {"base": fingerprint(base), "parts": parts}
 
 
-def run_folder(name, args, scst=False):
+def run_folder(args, parts, name, scst=False):
     """--out, or runs/<setup>-<bridge>[-<seed>], and -scst; --compare has a folder for each."""
-    folder = name + seed_suffix(args)
-    setup = "toy" if is_toy(args) else Path(args.data or "data/coco").resolve().name
-    out = Path(args.out or f"runs/{setup}-{folder}")
+    suffix = f"-{parts.seed}" if parts.seed else ""
+    setup = "toy" if parts.toy else parts.data.resolve().name
+    out = Path(args.out or f"runs/{setup}-{name}{suffix}")
     if args.compare and args.out:
-        out = out / folder
+        out = out / f"{name}{suffix}"
     return out.with_name(f"{out.name}-scst") if scst else out
 
 
-def seed_suffix(args):
-    """What stands after the names of runs with another seed than 0."""
-    return f"-{args.seed}" if args.seed else ""
+def choose_run(args, seed):
+    """(folder, Parts) of the bridge that the flags name; a run's own parts, unless it restarts."""
+    parts = choose_parts(args, seed=seed)
+    out = run_folder(args, parts, args.bridge, args.scst)
+    trained = run_folder(args, parts, args.bridge)  # on which --scst is based
+    train_gpt2.refuse_other_files(out)
+    path = trained / "best.pt"
+    if path.exists() and (args.scst or not args.restart):
+        parts = choose_parts(args, read_bridge(path)[0])
+    return out, parts
+
+
+def base_of(args, out):
+    """The file of the bridge from which --scst goes on, else None."""
+    return trained_bridge(out.with_name(out.name.removesuffix("-scst"))) if args.scst else None
+
+
+def trained_bridge(folder):
+    """The best bridge of a run that has come to its end."""
+    if not train_gpt2.is_finished(folder / "ckpt.pt"):
+        raise UserError(f"{folder} has no trained bridge", "train it to its end first")
+    return folder / "best.pt"
 
 
 # -----------------------------------------------------------------------------
 # Command line
 
 
-def flags():
-    """The parser of the command line."""
+def main():
+    """The commands at the top of this file."""
     parser = fineweb.ArgumentParser(__doc__)
     positive = number(int, 1)
     group = parser.add_argument_group("what to do (default: train --bridge and score it)")
@@ -1196,67 +1455,62 @@ def flags():
     task.add_argument("--eval", action="store_true", help="score the bridge of a run")
     task.add_argument("--export", metavar="FILE", help="write the bridge as FILE.safetensors")
     task.add_argument("--compare", action="store_true", help="train and score all bridges")
-    group = parser.add_argument_group("the frozen parts and the pictures")
-    group.add_argument("--data", metavar="DIR", help="pictures in COCO's layout (data/coco)")
-    group.add_argument("--lm", metavar="CKPT", help="the decoder, as train_gpt2.py --ckpt names it")
-    group.add_argument("--clip", help="open_clip NAME/TAG or NAME/FILE (ViT-L-14-quickgelu/openai)")
-    group = parser.add_argument_group("training")
+    parts = parser.add_argument_group("the frozen parts and the pictures")
+    parts.add_argument("--data", metavar="DIR", help="pictures in COCO's layout (data/coco)")
+    parts.add_argument("--lm", metavar="CKPT", help="the decoder, as train_gpt2.py --ckpt names it")
+    parts.add_argument("--clip", help="open_clip NAME/TAG or NAME/FILE (ViT-L-14-quickgelu/openai)")
+    training = parser.add_argument_group("training")
+    training.add_argument("--steps", dest="max_steps", type=positive, help="updates of the bridge")
+    training.add_argument("--batch", dest="batch_size", type=positive, help="pictures a step")
+    training.add_argument("--micro-batch", type=positive, help="pictures at once, for less memory")
+    training.add_argument("--lr", type=number(float, 0, 1), help="the highest learning rate")
+    training.add_argument("--restart", action="store_true", help="forget the run in the folder")
+    group = parser.add_argument_group("runs")
     group.add_argument("--out", metavar="DIR", help="the run (default: runs/<setup>-<bridge>)")
-    group.add_argument("--steps", dest="max_steps", type=positive, help="updates of the bridge")
-    group.add_argument("--batch", dest="batch_size", type=positive, help="pictures a step")
-    group.add_argument("--micro-batch", type=positive, help="pictures at once, for less memory")
-    group.add_argument("--lr", type=number(float, 0, 1), help="the highest learning rate")
     group.add_argument("--seed", type=number(int, 0, 10**6), default=0, help="also of --num")
-    group.add_argument("--seeds", type=positive, help="how many to --compare, from --seed on")
-    group.add_argument("--restart", action="store_true", help="forget what is in the run's folder")
-    group = parser.add_argument_group("captions")
-    group.add_argument("--ckpt", metavar="FILE", help="the bridge (default: best.pt of the run)")
-    group.add_argument("--num", type=positive, help="captions to sample for each picture")
-    group.add_argument("--temperature", type=number(float, 0, 100), help="of sampling (0.8)")
-    group.add_argument("--top-p", type=number(float, 0.001, 1), help="of sampling (0.9)")
-    group.add_argument("--beam", type=number(int, 2), metavar="W", help="beam search (else greedy)")
-    group.add_argument("--grid", metavar="FILE", help="draw the pictures with their captions")
-    return parser
-
-
-def main():
-    """The commands at the top of this file."""
-    parser = flags()
+    group.add_argument("--seeds", type=number(int, 1, 100), default=1, help="how many to --compare")
+    captions = parser.add_argument_group("captions")
+    captions.add_argument("--ckpt", metavar="FILE", help="the bridge (default: best.pt of the run)")
+    captions.add_argument("--beam", type=number(int, 2, 100), metavar="W", help="else greedy")
+    captions.add_argument("--grid", metavar="FILE", help="draw the pictures with their captions")
+    captions.add_argument("--results", metavar="FILE", help="write the captions as COCO's results")
+    sampling = parser.add_argument_group("sampling, instead of the most probable caption")
+    sampling.add_argument("--num", type=number(int, 1, 1000), help="captions for each picture")
+    sampling.add_argument("--temperature", type=number(float, 0, 100), help="(0.8)")
+    sampling.add_argument("--top-p", type=number(float, 0.001, 1), help="(0.9)")
     args = parser.parse_args()
     if not args.bridge and not args.compare and not args.ckpt:
-        raise UserError("give --bridge linear, cross or qformer, or --compare, or --ckpt")
-    sampling = ("--num", "--temperature", "--top-p")
+        raise UserError("there is nothing to do", "give --bridge linear, --compare, or --ckpt")
     if args.beam:
-        parser.refuse("--beam", *sampling)
-    if args.compare:
-        parser.refuse("--compare", "--bridge", "--beam", "--scst")
-    else:
-        parser.refuse("one bridge", "--seeds")
-    if not args.sample:
-        parser.refuse("anything but --sample", *sampling, "--grid", "--ckpt")
-    elif not parser.given & set(sampling):
-        parser.refuse("the most probable caption", "--seed")
-    training = ("--steps", "--lr", "--batch", "--micro-batch", "--restart")
+        parser.only("--beam", *(parser.given - {"--num", "--temperature", "--top-p"}))
     if args.ckpt:
-        parser.refuse("--ckpt", *training, "--out", "--scst")
-    if args.eval or args.export:
-        parser.refuse("a trained bridge", *training)
-    if args.export:
-        parser.refuse("--export", "--beam")
+        parser.only("--ckpt", "--sample", "--bridge", "--seed", parts, captions, sampling)
     train_gpt2.join_processes()
-    if args.export:
-        export(args)
-    elif args.sample:
-        sample(args)
-    elif args.compare:
+    if args.compare:
+        parser.only("--compare", "--compare", "--out", "--seed", "--seeds", parts, training)
         compare(args)
+    elif args.sample:
+        if not any((args.num, args.temperature is not None, args.top_p)):
+            parser.only("the most probable caption", *(parser.given - {"--seed"}))
+        parser.only("--sample", "--sample", "--bridge", "--scst", "--out", "--seed", parts,
+                    training, captions, sampling)
+        sample(args)
+    elif args.export:
+        parser.only("--export", "--export", "--bridge", "--scst", "--out", "--seed", parts)
+        export(args)
     else:
+        what = "--eval" if args.eval else "training"
+        parser.only(what, "--eval", "--beam", "--bridge", "--scst", "--out", "--seed", parts,
+                    *([] if args.eval else [training]))
+        out, chosen = choose_run(args, args.seed)
         if args.eval:
-            trained_bridge(run_folder(args.bridge, args, args.scst))  # or an error
-        setup = open_setup(args)
+            trained_bridge(out)  # or an error
+        base = base_of(args, out)
+        setup = open_setup(chosen)
         if not args.eval:
-            train(args.bridge, setup, args)
-        evaluate(run_folder(args.bridge, args, args.scst), setup, args, args.beam)
+            train(args.bridge, setup, out, recipe_flags(args), args.restart, base)
+        evaluate(out, setup, args.beam)
+    train_gpt2.leave_processes()
 
 
 if __name__ == "__main__":

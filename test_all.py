@@ -299,7 +299,7 @@ def test_a_folder_called_tiny_may_be_the_users(tmp_path):
         fineweb.write_shard(folder / f"x_{split}.bin", np.arange(300))
     assert_error(run("train_gpt2.py", "--preset", "tiny", cwd=tmp_path), "is not the toy text")
     process = run("train_gpt2.py", "--preset", "tiny", "--data", folder, cwd=tmp_path)
-    assert_error(process, "tokens of gpt2", "--preset") if REAL.is_dir() else None
+    assert_error(process, "tokens of gpt2", "--data") if REAL.is_dir() else None
     assert len(list(folder.iterdir())) == 2
 
 
@@ -447,26 +447,6 @@ def test_own_text_becomes_shards_byte_for_byte(tmp_path):
 
 
 @real_data
-def test_parquet_and_lines_give_the_same_shards(tmp_path):
-    """Rows of parquet that are lost or changed."""
-    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    source = REAL / "text/fineweb_edu_150_docs.jsonl"
-    texts = [json.loads(line)["text"] for line in open(source, encoding="utf-8")]
-    table = pyarrow.table({"id": list(range(len(texts))), "text": texts})
-    parquet.write_table(table, tmp_path / "docs.parquet")
-    fineweb.text_to_shards([source], tmp_path / "lines")
-    fineweb.text_to_shards([tmp_path / "docs.parquet"], tmp_path / "parquet")
-    for split in ("train_000001", "val_000000"):
-        lines = fineweb.read_shard(tmp_path / f"lines/lines_{split}.bin")
-        assert np.array_equal(lines, fineweb.read_shard(tmp_path / f"parquet/parquet_{split}.bin"))
-    for column in ([None], [b"bytes"], [3]):
-        parquet.write_table(pyarrow.table({"text": column}), tmp_path / "docs.parquet")
-        with pytest.raises(UserError, match='document 1 has no "text"'):
-            list(fineweb.read_documents([tmp_path / "docs.parquet"]))
-
-
-@real_data
 @pytest.mark.parametrize(
     "documents", [["line of a book\n" * 3000], ["Recipe 1\n" + "word " * 400] * 50, ["x"] * 2500])
 def test_the_share_for_validation_is_what_was_asked_for(documents, tmp_path):
@@ -492,10 +472,10 @@ def test_runs_of_spaces_are_encoded():
     ("a.txt", b"\xff\xfe no utf-8", "not text in UTF-8"),
     ("a.jsonl", b'{"text": "\xff"}', "line 1"),
     ("a.jsonl", b'{"text": "x"}\n{"txt": 1}\n', "line 2"),
-    ("a.jsonl", b'{"text": null}', "document 1"),
+    ("a.jsonl", b'{"text": null}', "line 1"),
     ("a.jsonl", b"{torn", "line 1"),
     ("a.jsonl", b"[1]", "line 1"),
-    ("a.pdf", b"", "not .txt")])
+    ("a.parquet", b"", "not .txt or .jsonl")])
 def test_unreadable_text_is_refused(name, content, words, tmp_path):
     """A file that is no text, tokenized all the same."""
     (tmp_path / name).write_bytes(content)
@@ -531,7 +511,7 @@ def test_too_little_text_and_two_at_once_are_refused(tmp_path, monkeypatch):
     ("caption.py", ["--compare", "--beam", "5"], ["--beam"]),
     ("caption.py", ["--bridge", "cross", "--sample", "x", "--num", "2", "--beam", "3"], ["--num"]),
     ("caption.py", ["--bridge", "cross", "--sample", "x", "--seed", "1"], ["--seed"]),
-    ("caption.py", ["--bridge", "cross", "--num", "2"], ["--num", "--sample"])])
+    ("caption.py", ["--bridge", "cross", "--num", "2"], ["--num", "training"])])
 def test_flags_that_do_nothing_are_refused(script, args, words, tmp_path):
     """A flag that is silently ignored, or a number out of bounds that is taken."""
     assert_error(run(script, *args, cwd=tmp_path), *words)
@@ -969,11 +949,10 @@ def test_batches_that_cannot_be_divided_are_refused(monkeypatch):
     monkeypatch.setattr(train_gpt2, "world_size", lambda: 4)
     recipe = train_gpt2.RECIPES["tiny"]
     for batch in (64, 1000):
-        args = types.SimpleNamespace(batch_size=batch)
         with pytest.raises(UserError, match=f"{batch:,} cannot .* a multiple of 64, at least 256"):
-            train_gpt2.with_flags(recipe, args, 64)
-    args = types.SimpleNamespace(batch_size=16 * 64, micro_batch=None, lr=0.0)
-    chosen = train_gpt2.with_flags(recipe, args, 64)
+            train_gpt2.with_flags(recipe, {"batch_size": batch}, 64)
+    flags = {"batch_size": 16 * 64, "micro_batch": None, "lr": 0.0}
+    chosen = train_gpt2.with_flags(recipe, flags, 64)
     assert (chosen.batch_size, chosen.micro_batch, chosen.lr) == (1024, 24, 0.0)  # 0 is a number
     train_gpt2.configure_optimizer(small_model(), chosen)
 
@@ -996,9 +975,9 @@ def test_shards_are_found_and_told_apart(tmp_path):
         fineweb.write_shard(tmp_path / f"{name}.bin", np.arange(500))
     train, val = train_gpt2.open_shards(tmp_path)
     assert len(train) == 500 and list(val) == ["a", "b"]
-    digest = train.digest()
+    digest = train_gpt2.digest(train)
     fineweb.write_shard(tmp_path / "a_train.bin", np.arange(500)[::-1])
-    assert train_gpt2.open_shards(tmp_path)[0].digest() != digest
+    assert train_gpt2.digest(train_gpt2.open_shards(tmp_path)[0]) != digest
 
 
 def test_prefetch_gives_each_step_once_and_in_order():
@@ -1306,7 +1285,7 @@ def test_accuracies_are_those_of_the_losses(capsys):
 
 
 @real_data
-def test_real_items_have_the_losses_of_one_at_a_time(tmp_path, monkeypatch, capsys):
+def test_real_items_have_the_losses_of_one_at_a_time(tmp_path, monkeypatch):
     """HellaSwag on real items: short, long and odd ones, with random and with trained weights."""
     tokenizer = fineweb.get_tokenizer("gpt2")
     path = REAL / "hellaswag/hellaswag_val.jsonl"
@@ -1332,8 +1311,7 @@ def test_real_items_have_the_losses_of_one_at_a_time(tmp_path, monkeypatch, caps
     train_gpt2.save_checkpoint(tmp_path / "ckpt.pt", content)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hellaswag, "load_examples", lambda: examples)
-    train_gpt2.main(["--eval", "--ckpt", str(tmp_path), "--limit", "20"])
-    printed = capsys.readouterr().out
+    printed = run("train_gpt2.py", "--eval", "--ckpt", tmp_path, "--limit", "20").stdout
     assert printed.count("of 20 items") == 2 and "there are no shards" in printed
 
 
@@ -1388,7 +1366,7 @@ def in_turns(*functions, rounds=3):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("shape", [(12, 12, 768, 1024, 50257), (2, 4, 32, 24, 61)])
+@pytest.mark.parametrize("shape", [(12, 12, 768, 1024, 50257), (2, 4, 32, 24, 431)])
 def test_weights_of_transformers_give_its_logits_and_losses(shape, tmp_path):
     """Reading weights in OpenAI's layout, at GPT-2's own shape and a small one."""
     transformers = pytest.importorskip("transformers")
@@ -1397,14 +1375,20 @@ def test_weights_of_transformers_give_its_logits_and_losses(shape, tmp_path):
                                      n_head=n_head, initializer_range=0.05)
     theirs = transformers.GPT2LMHeadModel(config).eval()
     theirs.save_pretrained(tmp_path)
-    model, tokenizer = train_gpt2.from_pretrained(tmp_path)
+    if V == 431:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer": "tiny"}))
+    elif not REAL.is_dir():
+        pytest.skip("needs REAL_DATA, for the GPT-2 vocabulary")
+    model, tokenizer, _ = train_gpt2.load_model(tmp_path)
     idx = torch.randint(0, V, (2, 20))
-    assert tokenizer == "gpt2"
+    assert tokenizer.n_vocab == V
     assert torch.allclose(model.eval()(idx)[0], theirs(idx).logits, atol=1e-4)
     loss = model(idx[:, :-1], idx[:, 1:])[1].item()
     assert loss == pytest.approx(theirs(idx, labels=idx).loss.item(), rel=1e-5)
 
 
+@real_data
 @torch.no_grad()
 def test_rows_after_gpt2s_tokens_are_no_tokens(tmp_path):
     """A pad token that a fine-tuning added: ids that are generated and not known."""
@@ -1412,7 +1396,7 @@ def test_rows_after_gpt2s_tokens_are_no_tokens(tmp_path):
     config = transformers.GPT2Config(vocab_size=50_264, n_embd=32, n_layer=1, n_head=4)
     theirs = transformers.GPT2LMHeadModel(config).eval()
     theirs.save_pretrained(tmp_path)
-    model, _ = train_gpt2.from_pretrained(tmp_path)
+    model, _, _ = train_gpt2.load_model(tmp_path)
     idx = torch.randint(0, 50_257, (1, 5))
     expected = theirs(idx).logits[..., :50_257]
     assert torch.allclose(model.eval()(idx)[0], expected, atol=1e-4)
@@ -1471,7 +1455,7 @@ def test_files_that_hold_no_gpt2_are_refused(tmp_path):
     path.write_bytes(b"nothing of the kind")
     refuse("not a whole GPT-2")
     path.rename(tmp_path / "pytorch_model.bin")
-    refuse("is not there: save the model as one safetensors file")
+    refuse("neither ckpt.pt.*save the model as one safetensors file")
 
 
 # -----------------------------------------------------------------------------
@@ -1539,7 +1523,7 @@ def test_a_run_says_what_it_does_and_leaves_its_folder(whole):
     """The files of a run, its log, and what a user reads first."""
     folder, output = whole
     names = {path.name for path in (folder / "run").iterdir()}
-    assert names == {"ckpt.pt", "ckpt.prev.pt", "log.csv", "curves.png", "samples.txt"}
+    assert names == {".lock", "ckpt.pt", "log.csv", "curves.png", "samples.txt"}
     for words in ("data  ", "model  ", "858,880 parameters", "256 for each step", "english",
                   "scenes", "bits per byte", "tokens/s", "--sample"):
         assert words in output
@@ -1602,9 +1586,7 @@ def test_checkpoints_that_cannot_be_read(tmp_path):
     torch.save({"model_args": {}, "model": {}}, path)  # nanoGPT's
     refuse("'format'.*name another")
     path.write_bytes(b"PK\x03\x04 torn")
-    refuse("not a whole checkpoint.*name another, or --restart")
-    (tmp_path / "ckpt.prev.pt").write_bytes(b"")
-    refuse("rename .*ckpt.prev.pt")
+    refuse("not a whole checkpoint.*name another$")  # --restart does nothing with --ckpt
 
 
 def test_a_flipped_bit_or_a_torn_checkpoint_is_noticed(tmp_path):
@@ -1768,7 +1750,7 @@ def train_together(rank, size, port, tiny, out):
         results += [loss, norm]
     results.append(model.h[0].attn.c_attn.weight.double().sum().item())
     tokenizer = fineweb.get_tokenizer("tiny")
-    results += train_gpt2.validate(net, config, val_sets, tokenizer, recipe, CPU).values()
+    results += train_gpt2.validate(net, config, val_sets, tokenizer, 64 * 21, 4, CPU).values()
     items = [hellaswag.render(example, tokenizer) for example in made_items(41)]
     results += train_gpt2.evaluate_hellaswag(model, items, CPU).values()
     pictures = some_pictures(9)
@@ -1959,7 +1941,7 @@ def test_measured_muon_beside_adamw(tmp_path):
         for i, _ in enumerate(text_steps(model, recipe, train_set, seed), 1):
             if i % 25 == 0:
                 seconds += time.process_time() - began
-                row = train_gpt2.validate(model, config, val_sets, tokenizer, recipe, CPU)
+                row = train_gpt2.validate(model, config, val_sets, tokenizer, 16_384, 4, CPU)
                 losses.append((i, row["val_val"]))
                 began = time.process_time()
             if i == recipe.max_steps:
@@ -2045,7 +2027,7 @@ def test_measured_generation(tmp_path):
     vision = torch.randn(64, 33, 1024)
     with train_gpt2.autocast(CPU):
         times = in_turns(lambda: captioner.generate(vision, 20),
-                         lambda: captioner.beam_search(vision, 5, 20), rounds=1)
+                         lambda: caption.beam_search(captioner, vision, 5, 20), rounds=1)
     print(f"captions of 20 tokens, 64 pictures, 124M: greedy {64 / times[0]:.1f} a second, "
           f"beam 5 {64 / times[1]:.1f}")
 
@@ -2281,7 +2263,8 @@ def test_tokens_by_hand():
     (0.719, [("a man rides a horse", ["a man rides a horse"]),
              ("nothing here", ["two cats", "one very long sentence about cats"])]),
     (0.1489, [("a dog 's bone", ["a cat 's milk"])]),
-    (0.1333, [("my red dog", ["my blue cat"])])])
+    (0.1333, [("my red dog", ["my blue cat"])]),
+    (0.4, [("a horse near horses", ["a horses near horse"])])])
 def test_meteor_of_the_jar(expected, pairs):
     """Values of the METEOR 1.5 jar: whole matches, ties, contractions, function words."""
     references = {i: [text.split() for text in texts] for i, (_, texts) in enumerate(pairs)}
@@ -2369,14 +2352,16 @@ def test_alignment_equals_brute_force():
                 ways = ways + [((i, j), *way) for way in rest]
         return ways
 
-    def cost(pairs):
-        crossing = sum(abs(i - j) for i, j in pairs)
-        return -len(pairs), coco_eval.count_chunks(pairs), crossing
-
     words = ["a", "dog", "dogs", "the", "on"]
     for _ in range(150):
         reference = rng.choices(words, k=rng.randint(0, 6))
         candidate = rng.choices(words, k=rng.randint(0, 6))
+
+        def cost(pairs, reference=reference, candidate=candidate):
+            unequal = sum(candidate[i] != reference[j] for i, j in pairs)
+            distance = sum(abs(i - j) for i, j in pairs)
+            return -len(pairs), unequal, coco_eval.count_chunks(pairs), distance
+
         best = min(map(cost, all_ways(reference, candidate)))
         assert cost(coco_eval.align(reference, candidate)) == best, (reference, candidate)
     assert len(coco_eval.align(["a"] * 500, ["a"] * 200)) == 200  # and not for ever
@@ -2403,8 +2388,8 @@ def write_json(path, content):
 
 
 def test_scoring_from_the_command_line(tmp_path):
-    """Printed and written scores that are not those of evaluate(); the order of systems."""
-    references, candidates = shapes_captions(12)
+    """Printed and written scores that are not those of evaluate()."""
+    references, _ = shapes_captions(12)
     annotations = []
     for id, texts in references.items():
         annotations += [{"image_id": id, "caption": text} for text in texts]
@@ -2412,8 +2397,6 @@ def test_scoring_from_the_command_line(tmp_path):
     perfect = {id: references[id][0] for id in range(10)}
     results = [{"image_id": id, "caption": text} for id, text in perfect.items()]
     good = write_json(tmp_path / "good.json", results)
-    results = [{"image_id": id, "caption": candidates[id]} for id in range(9)]
-    poor = write_json(tmp_path / "poor.json", results)
     process = run("coco_eval.py", "--references", truth, "--results", good, cwd=tmp_path)
     expected = coco_eval.evaluate(references, perfect)
     assert process.returncode == 0 and "10 of 12 pictures scored" in process.stdout
@@ -2421,31 +2404,26 @@ def test_scoring_from_the_command_line(tmp_path):
     assert "METEOR (exact + stem)" in process.stdout
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores == json.loads(json.dumps(expected))
-    process = run("coco_eval.py", "--references", truth, "--results", poor, good,
-                  "--out", tmp_path / "two.json", cwd=tmp_path)
-    assert process.stdout.index("poor.json") < process.stdout.index("9 of 12 pictures scored")
-    assert process.stdout.index("good.json") < process.stdout.index("10 of 12 pictures scored")
-    assert "cannot be compared" in process.stdout
     with pytest.raises(UserError, match="--out"):  # which would overwrite the captions
-        coco_eval.score_files(truth, [good], good)
+        coco_eval.score_file(truth, good, good)
 
 
 @pytest.mark.parametrize("results, words", [
     ("[]", "no caption"), ("{", "JSON"), ('{"a": 1}', "list of results"),
-    ('[{"image_id": 1}]', '"caption" of'), ('[{"image_id": 1, "caption": 3}]', '"caption" of'),
+    ('[{"image_id": 1}]', "'caption'"), ('[{"image_id": 1, "caption": 3}]', '"caption" of'),
     ('[{"image_id": 1.0, "caption": "a"}]', '"image_id" or'),
     ('[{"image_id": [1], "caption": "a"}]', '"image_id" or'),
     ('[{"image_id": true, "caption": "a"}]', '"image_id" or'),
-    ('[{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}]', "two captions"),
+    ('[{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}]', "1 2 times"),
     ('[{"image_id": 7, "caption": "a"}]', "picture 7"),
-    ('[{"image_id": 1, "caption": "a"}, {"image_id": "1", "caption": "b"}]', "two captions")])
+    ('[{"image_id": 1, "caption": "a"}, {"image_id": "1", "caption": "b"}]', "1 2 times")])
 def test_wrong_results_are_one_line(results, words, tmp_path):
     """Results that are wrong, scored all the same."""
     annotations = {"annotations": [{"image_id": 1, "caption": "a dog"}]}
     references = write_json(tmp_path / "references.json", annotations)
     path = write_json(tmp_path / "results.json", results)
     with pytest.raises(UserError, match=words):
-        coco_eval.score_files(references, [path], tmp_path / "scores.json")
+        coco_eval.score_file(references, path, tmp_path / "scores.json")
     assert not (tmp_path / "scores.json").exists()
 
 
@@ -2508,7 +2486,7 @@ def test_a_folder_of_own_pictures(tmp_path):
     write_json(path, {"images": images[:9], "annotations": annotations[:9]})
     assert [p["id"] for p in coco_eval.read_dataset(tmp_path, "val")] == [0]  # nine are enough
     wrong = [
-        ({"annotations": []}, "images"), ({**content, "images": images[:1] * 2}, "twice"),
+        ({"annotations": []}, "images"), ({**content, "images": images[:1] * 2}, "0 2 times"),
         ({**content, "images": images[1:]}, "picture 0"),
         ({"images": images, "annotations": annotations[:1]}, "too few pictures"),
         ({"images": [{"id": 1}]}, "file_name"), ({"images": [{"id": 1.0, "file_name": "a"}]}, "id"),
@@ -2687,7 +2665,7 @@ def plain_caption_loss(model, vision, tokens):
     inputs = torch.tensor([tokens[:-1]], dtype=torch.long)
     positions = torch.arange(P, P + len(tokens) - 1)
     x = torch.cat([start, model.decoder.embed(inputs, positions)], 1)
-    look = model.bridge.before_block(vision[None])
+    look = model.bridge.hook(vision[None])
     h = model.decoder.hidden_states(x, before_block=look)
     log_p = model.decoder.logits(h).log_softmax(-1)[0]
     return -log_p[range(P - 1, P - 1 + len(tokens)), tokens]
@@ -2771,7 +2749,7 @@ def plain_next(model, vision, tokens):
     P = start.size(1)
     inputs = torch.tensor([tokens], dtype=torch.long)
     x = torch.cat([start, model.decoder.embed(inputs, torch.arange(P, P + len(tokens)))], 1)
-    look = model.bridge.before_block(vision[None])
+    look = model.bridge.hook(vision[None])
     return model.decoder.logits(model.decoder.hidden_states(x, before_block=look))[0, -1]
 
 
@@ -2798,11 +2776,11 @@ def test_beam_search_equals_greedy_and_brute_force(name):
     model = small_captioner(name)
     vision = torch.randn(3, 5, 12)
     greedy = model.generate(vision, 7).tolist()
-    for row, other in zip(model.beam_search(vision, 1, 7).tolist(), greedy, strict=True):
+    for row, other in zip(caption.beam_search(model, vision, 1, 7).tolist(), greedy, strict=True):
         assert row[: len(other)] == other[: len(row)]
     for block in model.decoder.h:  # random attention hardly changes a word: louder
         block.attn.c_proj.weight.mul_(10)
-    for row, seen in zip(model.beam_search(vision, 5, 7).tolist(), vision, strict=True):
+    for row, seen in zip(caption.beam_search(model, vision, 5, 7).tolist(), vision, strict=True):
         plain = plain_beam_search(model, seen, 5, 7)
         assert row[: len(plain)] == plain and set(row[len(plain) :]) <= {model.eot}
     few = caption.build(name, 5, 12, small_model(config=GPTConfig(48, 4, 4, 2, 32, init_std=0.3)))
@@ -2813,7 +2791,7 @@ def test_beam_search_equals_greedy_and_brute_force(name):
             for tokens in itertools.product(range(3), repeat=n):
                 losses = plain_caption_loss(few, vision[0], [*tokens, 3][:4])
                 worth[tokens] = -losses.sum().item() / len(losses) ** penalty
-        found = few.beam_search(vision, 4**4, 4, penalty)[0].tolist()
+        found = caption.beam_search(few, vision, 4**4, 4, penalty)[0].tolist()
         assert tuple(t for t in found if t != 3) == max(worth, key=worth.get), (found, penalty)
 
 
@@ -2857,9 +2835,10 @@ def test_samples_have_the_rewards_of_their_own_picture():
     words = [[[*coco_eval.tokenize(text), "<end>"] for text in captions] for captions in texts]
     cider = coco_eval.CIDEr(words)
     recipe = Recipe(1, 4, 2, 1e-3, 1)
-    args = types.SimpleNamespace(seed=0)
+    setup = types.SimpleNamespace(seed=0, tokenizer=tokenizer)
     nn.init.normal_(model.decoder.wte.weight, std=1.0)  # so that samples have words
-    [(_, batches)] = caption.sampled_batches(pictures, model, tokenizer, recipe, 0, args)
+    model.room = 30
+    [(_, batches)] = caption.sampled_batches(pictures, model, setup, recipe, 0)
     chosen = train_gpt2.step_indices(0, 0, 4, 8)
     for part, batch in zip(chosen.reshape(2, 2), batches, strict=True):
         vision, packed, weights, share = batch
@@ -2869,7 +2848,8 @@ def test_samples_have_the_rewards_of_their_own_picture():
             ends = [["<end>"] if tokenizer.eot_token in ids else [] for ids in samples]
             tokens = map(coco_eval.tokenize, train_gpt2.decode(samples, tokenizer))
             tokens = [text + end for text, end in zip(tokens, ends, strict=True)]
-            scores = [cider.score(words[picture], text) for text in tokens]
+            references = list(map(cider.weigh, words[picture]))
+            scores = [cider.score(references, text) for text in tokens]
             others = [np.mean(scores[:k] + scores[k + 1 :]) for k in range(5)]
             advantages = np.subtract(scores, others)
             assert 5 * weights[b, :5].numpy() == pytest.approx(advantages, abs=1e-6)
@@ -2883,15 +2863,15 @@ def test_cross_attention_begins_with_the_decoder_as_it_is():
     """A bridge that disturbs the decoder before it has learned anything."""
     bridge = caption.build("cross", 5, 12, small_model(config=WIDE)).bridge
     x = torch.randn(1, 6, 32)
-    assert torch.equal(bridge.before_block(torch.randn(1, 5, 12))(2, x), x)
+    assert torch.equal(bridge.hook(torch.randn(1, 5, 12))(2, x), x)
 
 
 def plain_attention(layer, x, source):
     """caption.Attention for one row in float64, head by head and place by place."""
     w = {n: p.double() for n, p in layer.state_dict().items()}
     C = x.size(1)
-    q = (x @ w["c_attn.weight"].T + w["c_attn.bias"])[:, :C]
-    k, v = (source @ w["c_attn.weight"].T + w["c_attn.bias"])[:, C:].chunk(2, dim=1)
+    q = x @ w["q.weight"].T + w["q.bias"]
+    k, v = (source @ w["kv.weight"].T + w["kv.bias"]).split(C, dim=1)
     hs = x.size(1) // layer.n_head
     y = torch.zeros_like(q)
     for h in range(layer.n_head):
@@ -2930,7 +2910,7 @@ def test_bridges_equal_plain_float64_ones():
     seen = plain_norm(ln, bridge.linear.prefix(vision).double())
     looked = plain_attention(bridge.cross_attn[1], plain_norm(ln, x.double()), seen)
     expected = (x.double() + looked).float()[None]
-    assert torch.allclose(bridge.before_block(vision[None])(1, x[None]), expected, atol=1e-4)
+    assert torch.allclose(bridge.hook(vision[None])(1, x[None]), expected, atol=1e-4)
     bridge = small_captioner("linear").bridge
     y = plain_norm(bridge.norm, vision.double()) @ bridge.project.weight.double().T
     y = y + bridge.project.bias.double() + bridge.positions.double()
@@ -3062,12 +3042,11 @@ def test_vision_tokens_are_computed_once_and_gone_on_with(toy_clip, shapes, tmp_
     def features(pictures=pictures, encoder=encoder):
         """(vision tokens, how many pictures were read for them)"""
         seen.clear()
-        tokens = np.array(caption.cached_features(encoder, pictures, "x"))
-        return tokens, len(seen)
+        tokens, _ = caption.cached_features(encoder, pictures, "x")
+        return np.array(tokens), len(seen)
 
     first, count = features()
     assert first.shape == (150, 33, 96) and first.dtype == np.float16 and count == 150
-    assert caption.fingerprint(encoder.visual) in encoder.name
     assert not any(p.requires_grad for p in encoder.visual.parameters())
     image = encoder.preprocess(coco_eval.load_image(pictures[70]["path"]))[None]
     tokens = caption.pool_tokens(encoder(image))[0].numpy()
@@ -3122,10 +3101,10 @@ def test_an_extraction_that_is_killed_goes_on(toy_clip, shapes, tmp_path, monkey
     seen = []
     prepared = caption.prepared
     monkeypatch.setattr(caption, "prepared", lambda *args: seen.append(args) or prepared(*args))
-    again = np.array(caption.cached_features(encoder, pictures, "x"))
+    again = np.array(caption.cached_features(encoder, pictures, "x")[0])
     assert len(seen) == len(pictures) - done
     shutil.rmtree("data/features")
-    whole = np.array(caption.cached_features(encoder, pictures, "x"))
+    whole = np.array(caption.cached_features(encoder, pictures, "x")[0])
     assert np.array_equal(again, whole)
 
 
@@ -3202,9 +3181,8 @@ def test_a_comparison_of_all_bridges(captions_run):
     assert rows.keys() > {"nats per caption", "place", "objects, unseen pairs", "captions true"}
     scores = json.loads((folder / "all/cross/scores.json").read_text())
     assert rows["place"][1] == f"{scores['place']:.2f}" and len(rows["nats per caption"]) == 4
-    shutil.rmtree(folder / "all/qformer")
     process = run("caption.py", *flags[:6], *options[:1], "--steps", 2, *options[3:], cwd=folder)
-    assert_error(process, "different budgets", "--restart")
+    assert_error(process, "another recipe", "more --steps than 3", "--restart")
     results = [{"linear": {"place": x}} for x in (0.5, 0.6, 1.0)]
     assert list(caption.comparison(results))[2] == "| place | 0.70 (0.50-1.00) |"
 
@@ -3214,7 +3192,8 @@ def test_self_critical_training_and_an_exported_bridge(captions_run, shapes, ser
     flags, folder, _ = captions_run
     unfinished = folder / "unfinished"
     shutil.copytree(folder / "runs/shapes-cross", unfinished)
-    (unfinished / "scores.json").unlink()  # as in a run that was interrupted
+    checkpoint = torch.load(unfinished / "ckpt.pt", weights_only=True)
+    torch.save(checkpoint | {"finished": False}, unfinished / "ckpt.pt")  # it was interrupted
     for task in (["--scst"], ["--eval"], ["--export", "half"]):
         process = run("caption.py", *flags[:8], *task, "--out", unfinished, cwd=folder)
         assert_error(process, "no trained bridge")

@@ -10,12 +10,17 @@ GPT-2 from scratch: the model, how it is trained, and what can be done with it.
 The same command continues an interrupted run. A run lives in runs/<preset>/: ckpt.pt, log.csv,
 curves.png, samples.txt.
 
-Chapters: 1 the model, 2 generation, 3 data, 4 the recipe, 5 training; then 6 evaluation, 7 using a
-model. Appendices: A devices and processes, B the loss in chunks, C sinusoids and Muon, D the folder
-of a run, then the command line. For an evening: chapters 1 to 5. test_...: a test in test_all.py.
+The toy run is not GPT-2's recipe: in its few minutes it learns to look things up only with Muon and
+with positions that begin as sinusoids (chapter 7). `--preset gpt2` is the recipe of the paper:
+AdamW, a cosine, and positions that begin at random.
+
+To read, in an evening: 1 the model, 2 generation, 3 data, 4 the recipe, 5 training, 6 packing,
+7 Muon and sinusoids. After the banner, for another evening: the loss in chunks. For reference:
+evaluation, using a model, devices and processes, the folder of a run, the command line.
 
 Letters beside the code: B batch, T time (tokens), C width, nh heads, hs head size, V vocabulary,
 P prefix, N targets of a row. GPT-2: Radford et al. 2019; its training: Brown et al. 2020 (GPT-3).
+test_...: a test in test_all.py.
 """
 import contextlib
 import csv
@@ -48,6 +53,7 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -64,13 +70,13 @@ class GPTConfig:
     """The shape of a GPT-2."""
 
     block_size: int = 1024  # the longest context, in tokens
-    vocab_size: int = 50257  # rows of the token table, used or not
+    vocab_size: int = 50257  # rows of the token table
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     init_std: float = 0.02
-    vocab_padding: int = 0  # how many of the rows, at the end, stand for no token
-    sinusoids: bool = False  # positions begin as waves; see sinusoids()
+    vocab_padding: int = 0  # unused rows at the end of the table
+    sinusoids: bool = False  # positions begin as waves (chapter 7)
 
     @property
     def n_vocab(self):
@@ -95,6 +101,7 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, nh, C // nh).transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(k, v)  # (B, nh, all so far, hs)
+        # a single new position may see everything so far, so it needs no causal mask
         y = attention(q, k, v, mask, is_causal=mask is None and T > 1)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.c_proj(y)
@@ -103,15 +110,20 @@ class CausalSelfAttention(nn.Module):
 def attention(q, k, v, mask=None, is_causal=False):
     """Each query's mean of the values, weighted by how well it matches their keys: (B, nh, T, hs).
 
-        weights = q @ k.transpose(-2, -1) / math.sqrt(hs)              # (B, nh, T, T)
-        weights = weights.masked_fill(~mask, -math.inf)                # causal mask: not the future
-        y = weights.softmax(dim=-1) @ v
+        scores = q @ k.transpose(-2, -1) / math.sqrt(hs)               # (B, nh, T, T)
+        scores = scores.masked_fill(~mask, -math.inf)                  # causal mask: not the future
+        y = scores.softmax(dim=-1) @ v
 
-    FlashAttention (Dao et al. 2022) computes the same in tiles and never stores the weights;
-    PyTorch chooses it on GPUs. test_decoder_equals_a_plain_float64_one
+    FlashAttention (Dao et al. 2022) computes the same in tiles and never stores the scores;
+    PyTorch chooses it on GPUs (tested by test_decoder_equals_a_plain_float64_one).
     """
     options = {"attn_mask": mask, "is_causal": is_causal}
-    if q.device.type != "cpu" or q.size(2) >= 512:
+    if q.is_cuda and (mask is not None or q.size(2) != k.size(2)):
+        # many shapes: cuDNN, which PyTorch prefers on an H100, would plan each of them for .4 s
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+                          SDPBackend.MATH]):
+            return F.scaled_dot_product_attention(q, k, v, **options)
+    if q.is_cuda or q.size(2) >= 512:
         return F.scaled_dot_product_attention(q, k, v, **options)
     with torch.autocast("cpu", enabled=False):  # short sequences on a CPU: bf16 is 5 times slower
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
@@ -152,6 +164,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.center = 0.0  # what center_tokens() has moved from the token table to the positions
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # of tokens
         self.wpe = nn.Embedding(config.block_size, config.n_embd)  # of positions, learned
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -179,7 +192,8 @@ class GPT(nn.Module):
 
         mask: True where a position may attend, broadcast to (B, nh, T, T); default: causal.
         cache: a KVCache for each layer. Fill it with one call (prefill), then give it one new
-        position at a time (decode). before_block(i, x): what to make of x before block i.
+        position at a time (decode). before_block: a function (i, x) -> x that is called before
+        block i; caption.py lets a picture in through it.
         """
         for i, block in enumerate(self.h):
             if before_block is not None:
@@ -188,7 +202,7 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def logits(self, h):
-        """Hidden states (..., C) to logits (..., n_vocab): padded rows of the table are cut off."""
+        """Hidden states (..., C) to logits (..., n_vocab): unused rows of the table are cut off."""
         return F.linear(h, self.wte.weight)[..., : self.config.n_vocab]
 
     @torch.compiler.disable  # traced, all chunks would be alive at once
@@ -197,8 +211,9 @@ class GPT(nn.Module):
 
             F.cross_entropy(self.logits(h).flatten(0, 1), targets.flatten())
 
-        but the logits of a batch, 13 GB for 64 x 1024 tokens, never exist at once: appendix B.
-        Targets of -100 do not count. reduction: "mean", "sum", or "none" for each target (B, T).
+        but the logits of a batch, 13 GB for 64 x 1024 tokens, never exist at once; "The loss in
+        chunks" says how. Targets of -100 do not count. reduction: "mean", "sum", or "none" for each
+        target (B, T).
         """
         if reduction == "none":  # a row's logits at a time; with gradients they stay
             rows = []
@@ -250,7 +265,7 @@ def generate(model, idx, max_new_tokens, prefix=None, stop=-1, before_block=None
             idx = torch.cat([idx, token[:, None]], dim=1)
 
     Here a KV cache keeps what was computed, and a full context drops its older half at once
-    (test_cached_equals_uncached_beyond_the_context).
+    (tested by test_cached_equals_uncached_beyond_the_context).
     prefix: vectors (B, P, C) before the ids, which then begin at position P; idx may be (B, 0).
     stop: a token that ends its row, which is then filled up with it (-1: none). before_block: see
     GPT.hidden_states(). sampling: see sample_token().
@@ -310,9 +325,14 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 # -----------------------------------------------------------------------------
 # 3. Data
 #
-# The shards of a split are one long row of tokens. It is cut into windows of T; an epoch is all
-# windows in a random order that depends on (seed, epoch) alone. So any step of any run can be
-# computed by itself, on any number of processes, and an interrupted run resumes exactly.
+# The shards of a split are one long row of tokens, t0 t1 t2 ... It is cut into windows of T inputs;
+# the targets are the same tokens, one place on. Each position predicts from what it sees so far:
+#
+#     inputs  x     t0  t1  t2  t3  |  t4  t5  t6  t7  |  ...        T = 4
+#     targets y     t1  t2  t3  t4  |  t5  t6  t7  t8  |  ...
+#
+# An epoch is all windows in a random order that depends on (seed, epoch) alone. So any step of any
+# run can be computed by itself, on any number of processes, and an interrupted run resumes exactly.
 
 
 class TokenDataset:
@@ -323,7 +343,8 @@ class TokenDataset:
         self.shards = [fineweb.read_shard(path) for path in paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         if len(self) < 2:
-            raise UserError(f"{self.paths[0].parent} has shards without text: make them again")
+            folder = self.paths[0].parent
+            raise UserError(f"{folder} has shards without text", "make them again (fineweb.py)")
 
     def __len__(self):
         return int(self.ends[-1])
@@ -348,18 +369,11 @@ class TokenDataset:
         for row, window in enumerate(windows):
             tokens = torch.from_numpy(self.read(window * T, window * T + T + 1))
             if tokens.max() >= n_vocab:
-                reason = f"{self.paths[0].parent} has token {tokens.max()} of {n_vocab:,}"
-                raise UserError(f"{reason}: its shards are for another tokenizer")
+                problem = f"{self.paths[0].parent} has token {tokens.max()} of {n_vocab:,}"
+                raise UserError(problem, "its shards are for another tokenizer")
             x[row, : len(tokens[:T])] = tokens[:T]
             y[row, : len(tokens) - 1] = tokens[1:]
         return x, y
-
-    def digest(self):
-        """Tells datasets apart: a hash of the shards' lengths and of samples of their tokens."""
-        digest = hashlib.sha256()
-        for shard in self.shards:
-            digest.update(f"{len(shard)} ".encode() + shard[:: len(shard) // 1000 + 1].tobytes())
-        return digest.hexdigest()[:16]
 
 
 @functools.lru_cache(maxsize=2)
@@ -375,11 +389,15 @@ def step_indices(seed, step, batch_size, size):
 
 
 def get_micro_batches(dataset, recipe, seed, config, step):
-    """This rank's micro-batches of a step: [(x (B, T), y (B, T), share of the step's targets)]."""
+    """This process's part of a step: [(x (B, T), y (B, T), share of the step's targets), ...].
+
+    Several processes (ranks) may train together: each takes its slice of the step's windows, and
+    cuts it into micro-batches that fit into its memory.
+    """
     T = config.block_size
     windows = step_indices(seed, step, recipe.batch_size // T, dataset.num_windows(T))
     targets = np.minimum(len(dataset) - 1 - windows * T, T).sum()  # T each, but for the last window
-    mine = np.array_split(windows, world_size())[rank()]  # each rank takes its slice
+    mine = np.array_split(windows, world_size())[rank()]
     batches = []
     for part in np.array_split(mine, math.ceil(len(mine) / recipe.micro_batch)):
         x, y = pin(*dataset.get_batch(part, T, config.n_vocab))
@@ -388,17 +406,20 @@ def get_micro_batches(dataset, recipe, seed, config, step):
 
 
 def prefetch(get, first, last, ahead=4):
-    """Yield (step, get(step)) for steps first ... last - 1; threads prepare the next ones.
+    """Yield (step, get(step)) for steps first ... last - 1, while threads prepare the next four:
 
-    512 windows from all over a disk, read for the first time, took one thread 0.2 to 0.5 s and four
-    threads 0.1 s; a step of the 124M takes a GPU 1 to 8 s.
+        for step in range(first, last):
+            yield step, get(step)
+
+    Reading 512 windows from all over a disk for the first time took one thread 0.2 to 0.5 s, and
+    four threads 0.1 s; a step of the 124M takes a GPU 1 to 8 s.
     """
 
     def begin():
         use_device()
-        torch.set_num_threads(1)  # of this one; more would hold up those of the step, by a sixth
+        torch.set_num_threads(1)  # of a loader: more of them slowed training by a sixth
 
-    torch.get_num_threads()  # PyTorch settles the step's own here, or begin() would do it
+    torch.get_num_threads()  # settles how many threads a step has, before begin() can
     futures = deque()
     with ThreadPoolExecutor(ahead, initializer=begin) as threads:
         for step in range(first, last + ahead):
@@ -409,7 +430,7 @@ def prefetch(get, first, last, ahead=4):
 
 
 def pin(*tensors):
-    """Tensors in pinned memory, from which a copy to the GPU does not stop the CPU."""
+    """Tensors in pinned memory, which a GPU can read by itself while the CPU goes on."""
     return [t.pin_memory() for t in tensors] if torch.cuda.is_available() else tensors
 
 
@@ -427,9 +448,9 @@ class Recipe:
     lr: float  # the highest learning rate
     warmup_steps: int
     cooldown: float = 0.0  # share of the steps in which the rate falls linearly; 0: a cosine
-    muon: float = 0.0  # the rate of Muon's matrices as a multiple of lr; 0: all is AdamW's
-    weight_decay: float = 0.1
-    grad_clip: float = 1.0
+    muon: float = 0.0  # the rate of Muon's matrices as a multiple of lr; 0: AdamW for everything
+    weight_decay: float = 0.1  # pulls matrices toward 0, so that none grows without need
+    grad_clip: float = 1.0  # a longer gradient is scaled to this length: one bad batch does no harm
     eval_every: int = 250
     eval_tokens: int = 10_485_760  # the same whatever the batch size: losses can be compared
     log_every: int = 20
@@ -448,7 +469,8 @@ PRESETS = {  # T, rows of the token table, layers, heads, C, init_std
     "gpt2-xl": GPTConfig(1024, 50304, 48, 25, 1600, vocab_padding=47),
 }
 RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up
-    # in a few minutes GPT-2's own recipe does not teach it to read maps; Muon and sinusoids do
+    # not GPT-2's recipe, which does not teach it to read maps in a few minutes: Muon, sinusoids,
+    # and a flat rate that falls linearly do
     "tiny": Recipe(
         1_900, 1_536, 24, 1e-3, 40, cooldown=0.5, muon=20, eval_every=190, eval_tokens=20_480),
     "small": Recipe(500, 8_192, 16, 2e-3, 50, eval_every=50, eval_tokens=16_384),
@@ -465,25 +487,13 @@ RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up
 }
 
 
-def with_flags(recipe, args, T=1):
-    """The recipe with what the command line gives of it; UserError if a step cannot be shared."""
-    names = {field.name for field in dataclasses.fields(recipe)}
-    given = {k: v for k, v in vars(args).items() if k in names and v is not None}
-    recipe = dataclasses.replace(recipe, **given)
-    if recipe.batch_size % T or recipe.batch_size < T * world_size():
-        what_to_do = f"give a multiple of {T:,}, at least {T * world_size():,}"
-        raise UserError(f"a step of {recipe.batch_size:,} cannot be shared out: {what_to_do}")
-    warmup_steps = min(recipe.warmup_steps, math.ceil(recipe.max_steps / 10))  # of a short trial
-    return dataclasses.replace(recipe, warmup_steps=warmup_steps)
-
-
 def get_lr(step, recipe):
     """The learning rate of a step: a cosine (Brown et al. 2020, appendix B), or flat, then linear.
 
-    The second (Zhai et al. 2021, section 3.5) stays high for longer; most of what the loss gains
-    from a lower rate it gains in the last steps, whatever the schedule.
+    The loss falls most while the rate falls, however long it was high before; so the second (Zhai
+    et al. 2021, section 3.5) keeps it high for longer.
     """
-    # 1) linear warm-up for warmup_steps
+    # 1) linear warm-up: the first gradients, of random weights, are large and say little
     if step < recipe.warmup_steps:
         return recipe.lr * (step + 1) / recipe.warmup_steps
     # 2) with a cooldown: flat, then linear to 0 in the last steps
@@ -496,7 +506,11 @@ def get_lr(step, recipe):
 
 
 def configure_optimizer(model, recipe):
-    """AdamW (Loshchilov & Hutter 2019); if recipe.muon, Muon for the linear layers' matrices."""
+    """AdamW (Loshchilov & Hutter 2019); if recipe.muon, Muon for the linear layers' matrices.
+
+    AdamW divides each number's step by the usual size of its gradient. betas: how long it
+    remembers the gradient (10 steps) and its size (20 steps).
+    """
     groups = {}
     for module in model.modules():
         is_linear = isinstance(module, (nn.Linear, nn.MultiheadAttention))
@@ -519,18 +533,22 @@ def train_step(model, optimizer, micro_batches, recipe, device):
     """One update of the weights from this rank's micro-batches: (loss, norm of the gradient).
 
     Gradient accumulation: backward() adds to .grad, so the gradients of the micro-batches, each
-    weighted by its share of the step's targets, add up to that of the whole batch
-    (test_micro_batches_add_up). A loss that is not finite leaves the weights as they are.
+    weighted by its share of the step's targets, add up to that of the whole batch (tested by
+    test_micro_batches_add_up). A loss that is not finite leaves the weights as they are.
+
+    Mixed precision: weights, gradients and sums are fp32; autocast casts the inputs of matrix
+    products to bf16, numbers of 16 bits with the range of fp32 but only 8 bits of precision.
     """
     total = torch.zeros((), device=device)
     for i, (*inputs, share) in enumerate(micro_batches):
         inputs = [x.to(device, non_blocking=True) for x in inputs]
+        # with several ranks DDP sums their gradients (all-reduce) in backward(), so that all make
+        # the same update; only the last micro-batch needs that
         sync = i == len(micro_batches) - 1 or world_size() == 1
-        # DDP averages the gradients over ranks in backward(); only the last micro-batch needs that
         with contextlib.nullcontext() if sync else model.no_sync():
-            with autocast(device):  # mixed precision: fp32 weights, matrix products in bf16
+            with autocast(device):
                 _, loss = model(*inputs)
-            (loss * share * world_size()).backward()  # times world_size: a sum, not a mean
+            (loss * share * world_size()).backward()  # DDP divides the sum by world_size
         total += loss.detach() * share
     norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)  # gradient clipping
     loss, norm = torch.stack([all_reduce(total), norm]).tolist()  # here the CPU waits for the GPU
@@ -540,29 +558,47 @@ def train_step(model, optimizer, micro_batches, recipe, device):
     return loss, norm
 
 
-def train(args):
-    """Train a preset, or go on with its run, until the last step.
+def train(preset, data, out, recipe, seed=0, restart=False):
+    """Train a preset on the shards in `data`, or go on with the run in `out`. The loop below:
 
-    Run (appendix D) keeps the run's folder: resume() reads ckpt.pt, save() writes it, log() adds
-    to log.csv, progress() prints a line, and Ctrl-C makes stop_requested() true.
+        for each step:
+            lr = get_lr(step)
+            loss = train_step(micro-batches)     forward, backward, add up, clip, update
+            every 20 steps                       a line on the screen and in log.csv
+            every 250 steps                      validation loss, HellaSwag, checkpoint, curves
+            after Ctrl-C                         save, leave; the same command goes on from here
     """
     device = pick_device()
-    preset, data = choose_setup(args, device)
     config = PRESETS[preset]
-    recipe = with_flags(RECIPES[preset], args, config.block_size)
     train_set, val_sets, tokenizer = open_data(data, config)
-    identity = {"preset": preset, "tokenizer": tokenizer.name, "data": train_set.digest()}
-    identity |= {"seed": args.seed, "batch_size": recipe.batch_size}  # the same on resume
-    run = Run(args.out or f"runs/{preset}", identity, recipe, "tokens", args.restart)
-    torch.manual_seed(args.seed)
+    identity = {  # what must stay the same when the run is resumed
+        "preset": preset,
+        "tokenizer": tokenizer.name,
+        "data": digest(train_set),
+        "seed": seed,
+        "batch_size": recipe.batch_size,
+    }
+    torch.manual_seed(seed)
     model = GPT(config).to(device)
     optimizer = configure_optimizer(model, recipe)
-    run.resume(model, optimizer)
-    describe(run, preset, data, model, train_set, device)
+    run = Run(out, identity, recipe, "tokens", restart)
+    run.resume(model, optimizer)  # from ckpt.pt, if there is one
+    describe(run, preset, data, model, train_set, device)  # what will be done, on the screen
     items = load_hellaswag(tokenizer) if preset.startswith("gpt2") else []
     parallel = parallelize(model)  # DDP and torch.compile, where they apply
-    get_batches = functools.partial(get_micro_batches, train_set, recipe, args.seed, config)
-    with run:
+    get_batches = functools.partial(get_micro_batches, train_set, recipe, seed, config)
+
+    def evaluate():
+        sizes = (recipe.eval_tokens, recipe.micro_batch)
+        row = validate(parallel, config, val_sets, tokenizer, *sizes, device)
+        if items and run.step >= recipe.eval_every:  # a trial of 20 steps need not wait for it
+            row["hellaswag"] = evaluate_hellaswag(model, items, device)["acc_norm"]
+        return row
+
+    with run:  # notes Ctrl-C; keeps other processes out of the folder
+        if run.lacks_evaluation():  # the stop came in a step that had to be evaluated
+            run.log(evaluate())
+            run.save(model, optimizer)
         for step, micro_batches in prefetch(get_batches, run.step, recipe.max_steps):
             lr = get_lr(step, recipe)
             for group in optimizer.param_groups:
@@ -570,63 +606,57 @@ def train(args):
             loss, norm = train_step(parallel, optimizer, micro_batches, recipe, device)
             run.count_step(loss, norm)  # run.step is now step + 1: the finished steps
             stop = run.stop_requested() and run.step < recipe.max_steps
-            is_eval_step = run.step % recipe.eval_every == 0 or run.step == recipe.max_steps
+            is_eval_step = run.is_eval_step()
             row = {}
             if run.step % recipe.log_every == 0 or run.step == 1 or is_eval_step or stop:
                 row = run.progress(loss, lr, norm, recipe.batch_size, flops_per_token(config))
-            if is_eval_step and not stop:  # torchrun kills what has not stopped after 30 s
-                row |= validate(parallel, config, val_sets, tokenizer, recipe, device)
-                if items and run.step >= recipe.eval_every:  # a trial of 20 steps need not wait
-                    row["hellaswag"] = evaluate_hellaswag(model, items, device)["acc_norm"]
+            if is_eval_step and not stop:  # an evaluation may outlast the patience of torchrun
+                row |= evaluate()
             run.log(row)
             if is_eval_step or stop:
                 run.save(model, optimizer)
             if stop:
                 run.exit()
-    finish(run, model, tokenizer)
+    if rank() == 0:
+        finish(run, model, tokenizer)  # samples, and what to do next
 
 
 # -----------------------------------------------------------------------------
-# 6. Evaluation
-
-
-@torch.no_grad()
-def validate(model, config, val_sets, tokenizer, recipe, device):
-    """Print the mean loss over eval_tokens of each validation set; returns columns of the log.
-
-    The loss is in nats per token, and in bits per byte of text, whatever the tokenizer.
-    """
-    T = config.block_size
-    bytes_of = [len(tokenizer.decode_single_token_bytes(i)) for i in range(tokenizer.n_vocab)]
-    bytes_of[tokenizer.eot_token] = 0
-    bytes_of = torch.tensor(bytes_of)
-    row = {}
-    for name, dataset in val_sets.items():
-        count = max(1, min(dataset.num_windows(T), recipe.eval_tokens // T))
-        windows = np.arange(count)[rank() :: world_size()]
-        sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
-        for i in range(0, len(windows), recipe.micro_batch):
-            x, y = dataset.get_batch(windows[i : i + recipe.micro_batch], T, config.n_vocab)
-            with autocast(device):
-                _, loss = model(x.to(device), y.to(device))
-            targets = y[y >= 0]
-            nats = loss.item() * len(targets)
-            sums += torch.tensor([nats, len(targets), bytes_of[targets].sum().item()])
-        nats, tokens, size = all_reduce(sums.to(device)).tolist()
-        row[f"val_{name}"] = nats / tokens
-        bits = nats / math.log(2) / max(size, 1)
-        print(f"           {name} {nats / tokens:.4f} nats per token, {bits:.3f} bits per byte")
-    return row
+# 6. Packing: several continuations of one beginning
+#
+# Four endings follow the context of a HellaSwag item, five captions follow a picture. The plain way
+# computes the beginning again for each of them:
+#
+#     c1 c2 c3 a1 a2
+#     c1 c2 c3 b1 b2 b3
+#
+# Packed, they share it. Each token sees the beginning and its own continuation, and is at the
+# position that it would have alone:
+#
+#     token                c1 c2 c3 a1 b1 b2
+#     position              0  1  2  3  3  4
+#
+#                    keys  c1 c2 c3 a1 b1 b2       predicts
+#     query  c1             x  .  .  .  .  .
+#            c2             x  x  .  .  .  .
+#            c3             x  x  x  .  .  .       a1, and b1
+#            a1             x  x  x  x  .  .       a2
+#            b1             x  x  x  .  x  .       b2
+#            b2             x  x  x  .  x  x       b3
 
 
 @dataclass
 class Packed:
-    """Several continuations after one shared beginning, in one sequence; see pack()."""
+    """Several continuations of one beginning, in one sequence of P + T positions; see pack().
+
+    P vectors that are no tokens (a picture's prefix) may stand first; idx and positions leave them
+    out, mask and source count them.
+    """
 
     idx: torch.Tensor  # (B, T) token ids
     positions: torch.Tensor  # (B, T)
-    mask: torch.Tensor  # (B, 1, T, T), True where a position may attend
-    source: torch.Tensor  # (B, N), the position whose hidden state predicts a target
+    mask: torch.Tensor  # (B, 1, P + T, P + T), True where a query (row) may see a key (column)
+    source: torch.Tensor  # (B, N), the place whose hidden state predicts a target
     targets: torch.Tensor  # (B, N), -100 where there is none
     owner: torch.Tensor  # (B, N), the continuation of a target, -1 where there is none
 
@@ -637,62 +667,271 @@ class Packed:
         return Packed(*(t.pin_memory() for t in vars(self).values()))
 
     def at_source(self, h):
-        """The hidden states (B, N, C), out of (B, T, C), that predict the targets."""
+        """The hidden states (B, N, C), out of (B, P + T, C), that predict the targets."""
         return h.gather(1, self.source[:, :, None].expand(-1, -1, h.size(2)))
 
 
-def pack(rows):
-    """Lay out rows of (beginning, [continuation, ...]), all of token ids. The plain form:
+def pack(rows, P=0):
+    """Pack rows of (beginning, [continuation, ...]), all of token ids, after P vectors.
 
-        c1 c2 c3 a1 a2                  a sequence for each continuation; the beginning is
-        c1 c2 c3 b1 b2 b3               computed again for each of them
+    The beginning is part 0, continuation k is part k + 1. For the example above:
 
-    Packed, they share one beginning (part 0); part k + 1 is continuation k and sees itself and
-    part 0. The state at position source[n] predicts targets[n], of continuation owner[n]:
+        part      0  0  0  1  2  2         target    a1 a2 b1 b2 b3
+                                           source     2  3  2  4  5
+                                           owner      0  0  1  1  1
 
-        token       c1 c2 c3 a1 b1 b2       target   a1 a2 b1 b2 b3
-        position     0  1  2  3  3  4       source    2  3  2  4  5
-        part         0  0  0  1  2  2       owner     0  0  1  1  1
-
-    Four endings after a context, five captions after a picture.
-    test_packed_continuations_have_the_losses_of_separate_ones
+    (tested by test_packed_continuations_have_the_losses_of_separate_ones)
     """
-    layouts = [lay_out(*row) for row in rows]
-    tensors = {name: pad([row[name] for row in layouts], PADDING[name]) for name in PADDING}
-    part = tensors.pop("part")  # (B, T)
+    layouts = [lay_out(beginning, continuations, P) for beginning, continuations in rows]
+    idx, positions, part, source, targets, owner = zip(*layouts, strict=True)
+    part = pad(part, -1)  # (B, P + T)
     same_part = part[:, :, None] == part[:, None, :]  # (B, query, key)
     to_beginning = part[:, None, :] == 0
     causal = torch.ones(same_part.shape[1:], dtype=torch.bool).tril()
     mask = (same_part | to_beginning) & causal
-    return Packed(mask=mask[:, None], **tensors)
+    idx, positions = (pad(ids, 0, part.size(1) - P) for ids in (idx, positions))
+    return Packed(idx, positions, mask[:, None], pad(source, 0), pad(targets, -100), pad(owner, -1))
 
 
-# What fills up the lists of lay_out()
-PADDING = {"idx": 0, "positions": 0, "part": -1, "source": 0, "targets": -100, "owner": -1}
-
-
-def lay_out(beginning, continuations):
-    """A row of pack(): a list for each of its lines."""
-    P = len(beginning)
-    row = {"idx": [*beginning], "positions": [*range(P)], "part": [0] * P}
-    row |= {"source": [], "targets": [], "owner": []}
+def lay_out(beginning, continuations, P):
+    """A row of pack(): lists of ids, positions, parts, sources, targets and owners."""
+    idx = [*beginning]
+    end = P + len(beginning)
+    positions = [*range(P, end)]
+    part = [0] * end
+    source = []
+    targets = []
+    owner = []
     for k, tokens in enumerate(continuations):
         inputs = tokens[:-1]  # the last token is never an input
-        t = len(row["idx"])
         # the end of the beginning predicts the first token, each token the one after it
-        row["source"] += [P - 1, *range(t, t + len(inputs))]
-        row["targets"] += tokens
-        row["owner"] += [k] * len(tokens)
-        row["idx"] += inputs
-        row["positions"] += range(P, P + len(inputs))
-        row["part"] += [k + 1] * len(inputs)
+        source += [end - 1, *range(len(part), len(part) + len(inputs))]
+        targets += tokens
+        owner += [k] * len(tokens)
+        idx += inputs
+        positions += range(end, end + len(inputs))
+        part += [k + 1] * len(inputs)
+    return idx, positions, part, source, targets, owner
+
+
+def pad(rows, value, length=None):
+    """Lists as one tensor (B, length): the longest, rounded up to 8, so that few shapes occur."""
+    length = length or 8 * math.ceil(max(map(len, rows)) / 8)
+    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
+
+
+# -----------------------------------------------------------------------------
+# 7. What helps a short training: Muon, and positions that begin as sinusoids
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, except for groups with "muon": orthogonalized steps (Muon, Jordan et al. 2024).
+
+    A matrix maps directions to directions; its singular values S in G = U S V^T say how strongly.
+    A gradient has few large ones: a step along it moves a few directions far and the others hardly
+    at all. U V^T, with all singular values 1, moves all of them equally far, so that rare things
+    are learned sooner:
+
+        gradient   3.0  0.0      orthogonalized   1  0
+                   0.0  0.1                       0  1
+
+        momentum = 0.95 * momentum + grad
+        update = orthogonalize(grad + 0.95 * momentum)                       # Nesterov's momentum
+        weight -= lr * (update * sqrt(max(1, rows / columns)) + weight_decay * weight)
+    """
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            if group["muon"]:
+                self.muon_step(group)
+        super().step()  # AdamW passes over what has no gradient
+
+    def muon_step(self, group):
+        updates = {}  # matrices of one shape are orthogonalized together
+        for p in group["params"]:
+            update = self.add_momentum(p)
+            for part in zip(split(p), split(update), strict=True):
+                updates.setdefault(part[0].shape, []).append(part)
+            p.grad = None
+        for (rows, columns), pairs in updates.items():
+            steps = orthogonalize(torch.stack([update for _, update in pairs]))
+            scale = math.sqrt(max(1, rows / columns))
+            for (weight, _), step in zip(pairs, steps, strict=True):
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(step, alpha=-group["lr"] * scale)
+
+    def add_momentum(self, p):
+        state = self.state[p]
+        if not state:
+            # AdamW, when a run is resumed, expects a step with each state
+            state.update(momentum=torch.zeros_like(p), step=torch.zeros(()))
+        momentum = state["momentum"].mul_(0.95).add_(p.grad)
+        return p.grad + 0.95 * momentum
+
+
+def split(matrix):
+    """The square maps in a matrix: c_attn's are q, k and v; cross-attention's kv are two."""
+    rows, columns = matrix.shape
+    squares = rows / columns
+    return matrix.chunk(int(squares)) if squares in (2, 3) else [matrix]
+
+
+def orthogonalize(G):
+    """U V^T for each matrix U S V^T of G (n, rows, columns), roughly, by Newton-Schulz steps.
+
+    X <- aX + b(XX^T)X + c(XX^T)^2 X is a polynomial of the singular values that takes all but the
+    smallest of them to about .7 ... 1.2 in five steps; matrix products alone, in bf16 where fast.
+    """
+    X = G.bfloat16() if uses_bf16(G.device) else G
+    tall = X.size(1) > X.size(2)
+    X = X.mT if tall else X
+    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        A = X @ X.mT
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    return (X.mT if tall else X).to(G.dtype)
+
+
+def sinusoids(T, C, std):
+    """Positions (T, C) that begin as sinusoids (Vaswani et al. 2017, section 3.5), then learn.
+
+    A pair of waves for each of the periods 2, 4, 8 ... 2 T tells positions apart at that scale, as
+    the digits of a binary number do. GPT-2's learned positions come to look like waves too, but a
+    short run has no time for that: from random positions it often did not learn the columns of the
+    toy map.
+    """
+    periods = 2.0 ** torch.arange(1, math.log2(T) + 2)
+    t = torch.arange(T)[:, None] + 0.25  # at whole numbers the sine of period 2 is always 0
+    angles = 2 * math.pi * t / periods
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (T, 2 * periods)
+    directions = torch.linalg.qr(torch.randn(C, waves.size(1)))[0]  # random, orthogonal
+    return waves @ directions.T * std * math.sqrt(C / len(periods))
+
+
+# =============================================================================
+# From here on: tooling, for reference
+# =============================================================================
+# The loss in chunks (optional): without the logits of a whole batch
+
+ROWS = 2048  # of logits that exist at a time
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The summed cross-entropy of hidden states h (rows, C) under a head W (V, C), in chunks.
+
+    The gradient of -log softmax(z)[y] in z is softmax(z) - one_hot(y), known as soon as the logits
+    are. So the forward pass computes it too, chunk after chunk:
+
+        for i in range(0, len(h), ROWS):
+            logits = h[i:i + ROWS] @ W.T                                   # (rows, V)
+            loss += cross_entropy(logits, targets[i:i + ROWS])
+            grad_logits = softmax(logits) - one_hot(targets[i:i + ROWS])
+            grad_h[i:i + ROWS] = grad_logits @ W
+            grad_W += grad_logits.T @ h[i:i + ROWS]
+
+    An autograd.Function says itself what its gradients are: forward() keeps them in ctx, and
+    backward() multiplies them with the gradient of what was made of the loss (tested by
+    test_loss_and_its_gradients_equal_float64).
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, n_vocab):
+        dtype = h.dtype
+        if torch.is_autocast_enabled(h.device.type):
+            dtype = torch.get_autocast_dtype(h.device.type)  # mixed precision: products in bf16
+        W = weight.to(dtype)
+        total = torch.zeros((), device=h.device)
+        needs_h, needs_weight = ctx.needs_input_grad[:2]  # False where no gradient is asked for
+        grad_h = torch.empty_like(h) if needs_h else None
+        grad_weight = torch.zeros_like(weight) if needs_h and needs_weight else None
+        buffer = W.new_empty(min(len(h), ROWS), len(W))  # one for all chunks: new memory is slow
+        for i in range(0, len(h), ROWS):
+            x = h[i : i + ROWS].to(dtype)
+            target = targets[i : i + ROWS, None]
+            valid = target != -100
+            logits = torch.mm(x, W.T, out=buffer[: len(x)])
+            total += loss_and_gradient(logits, target, n_vocab)
+            grad_logits = logits  # the last line has overwritten them
+            if needs_h:
+                grad_h[i : i + ROWS] = grad_logits @ W * valid
+            if grad_weight is not None:
+                grad_weight += grad_logits.T @ (x * valid)
+        ctx.save_for_backward(grad_h, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total):
+        grads = [None if grad is None else grad.mul_(grad_total) for grad in ctx.saved_tensors]
+        return *grads, None, None
+
+
+def loss_and_gradient(logits, target, n_vocab):
+    """Summed cross-entropy of logits (rows, V), which are overwritten by their gradient.
+
+    target: (rows, 1); rows whose target is -100 have no loss, and their gradient must not be used.
+    On CUDA this is one compiled function, although GPT.loss() is left out of the compiled model:
+    so the logits are read twice and written once.
+    """
+    if logits.is_cuda:
+        return compiled(softmax_minus_one_hot)(logits, target, n_vocab)
+    rows = max(1, 500_000 // logits.size(1))  # as many as fit into a CPU's cache in fp32
+    pieces = zip(logits.split(rows), target.split(rows), strict=True)
+    return sum(softmax_minus_one_hot(z, y, n_vocab) for z, y in pieces)
+
+
+def softmax_minus_one_hot(logits, target, n_vocab):
+    """loss_and_gradient() in plain PyTorch.
+
+    Compiled, it stores nothing else of the size (rows, V) (tested by
+    test_the_compiled_head_stores_no_second_logits).
+    """
+    logits[:, n_vocab:] = -math.inf  # unused rows of the table get no probability
+    log_p = F.log_softmax(logits, dim=1, dtype=torch.float32)
+    index = target.clamp(min=0)
+    log_p_target = log_p.gather(1, index)  # (rows, 1)
+    if torch.compiler.is_compiling():  # a scatter_() would be compiled with a copy of everything
+        one_hot = torch.arange(logits.size(1), device=logits.device) == index
+        logits.copy_(log_p.exp() - one_hot.float())
+    else:
+        logits.copy_(log_p.exp_())
+        logits.scatter_(1, index, (log_p_target.exp() - 1).to(logits.dtype))
+    return -(log_p_target * (target != -100)).sum()
+
+
+# -----------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def validate(model, config, val_sets, tokenizer, eval_tokens, batch, device):
+    """Print the mean loss over eval_tokens of each validation set; returns columns of the log.
+
+    The loss is in nats per token, and in bits per byte of text, whatever the tokenizer. batch:
+    windows at once.
+    """
+    T = config.block_size
+    bytes_of = [len(tokenizer.decode_single_token_bytes(i)) for i in range(tokenizer.n_vocab)]
+    bytes_of[tokenizer.eot_token] = 0
+    bytes_of = torch.tensor(bytes_of)
+    row = {}
+    for name, dataset in val_sets.items():
+        count = max(1, min(dataset.num_windows(T), eval_tokens // T))
+        windows = np.arange(count)[rank() :: world_size()]
+        sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+        for i in range(0, len(windows), batch):
+            x, y = dataset.get_batch(windows[i : i + batch], T, config.n_vocab)
+            with autocast(device):
+                _, loss = model(x.to(device), y.to(device))
+            targets = y[y >= 0]
+            nats = loss.item() * len(targets)
+            sums += torch.tensor([nats, len(targets), bytes_of[targets].sum().item()])
+        nats, tokens, size = all_reduce(sums.to(device)).tolist()
+        row[f"val_{name}"] = nats / tokens
+        bits = nats / math.log(2) / max(size, 1)
+        losses = f"{nats / tokens:.4f} nats per token, {bits:.3f} bits per byte"
+        print(f"           {name} {losses}, of {tokens:,.0f} tokens")
     return row
-
-
-def pad(rows, value):
-    """Lists of integers as one tensor (B, the longest, rounded up to 8: few shapes occur)."""
-    length = 8 * math.ceil(max(map(len, rows)) / 8)
-    return torch.tensor([row + [value] * (length - len(row)) for row in rows])
 
 
 @torch.no_grad()
@@ -711,8 +950,14 @@ def ending_losses(model, items, device):
             room = model.config.block_size - max(map(len, item.endings))
             rows.append((item.context[-room:], item.endings))  # too long: cut from the left
         packed = pack(rows).to(device)
-        h = hidden_states(model.embed(packed.idx, packed.positions), packed.mask)
-        loss = model.loss(packed.at_source(h), packed.targets, "none").double()  # (B, N)
+        try:
+            h = hidden_states(model.embed(packed.idx, packed.positions), packed.mask)
+            loss = model.loss(packed.at_source(h), packed.targets, "none").double()  # (B, N)
+        except torch.OutOfMemoryError:
+            if len(chosen) == 1:
+                raise
+            tokens_at_once //= 2
+            continue
         each = [(loss * (packed.owner == k)).sum(1) for k in range(4)]
         losses[chosen] = torch.stack(each, 1).cpu().numpy()
         begin += len(chosen)
@@ -744,8 +989,36 @@ def load_hellaswag(tokenizer):
     return [hellaswag.render(example, tokenizer) for example in examples]
 
 
+def evaluate(path, data, limit):
+    """Print the validation losses of a model, and its accuracies on HellaSwag."""
+    with rank_zero_first():
+        model, tokenizer, checkpoint = load_model(path)
+    device = pick_device()
+    center_tokens(model.to(device))
+    preset = checkpoint.get("run", {}).get("preset")
+    if preset == "tiny" and data is None:
+        with rank_zero_first():
+            fineweb.make_toy_text(default_data("tiny"))
+    folder = Path(data or default_data(preset))
+    print(f"{path}, {folder}:")
+    if data or folder.exists():
+        _, val_sets, _ = open_data(folder, model.config)
+        batch = math.ceil(16_384 / model.config.block_size)
+        validate(model, model.config, val_sets, tokenizer, Recipe.eval_tokens, batch, device)
+    else:
+        print("no validation loss: there are no shards (python fineweb.py downloads them)")
+    if tokenizer.name != "gpt2" or model.config.block_size < 256:
+        print("no HellaSwag: it needs GPT-2's tokens and a context of 256")
+        return
+    with rank_zero_first():
+        examples = hellaswag.subset(hellaswag.load_examples(), limit)
+    for method in ("token mean", "harness"):
+        items = [hellaswag.render(example, tokenizer, method) for example in examples]
+        evaluate_hellaswag(model, items, device, method)
+
+
 # -----------------------------------------------------------------------------
-# 7. Using a model
+# Using a model
 
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 SUPPORTED = {  # what this GPT computes, in the words of a config.json of transformers
@@ -756,20 +1029,30 @@ SUPPORTED = {  # what this GPT computes, in the words of a config.json of transf
     "scale_attn_by_inverse_layer_idx": [False],
     "add_cross_attention": [False],
     "tie_word_embeddings": [True],
+    "tokenizer": ["gpt2", "tiny"],  # our own entry, in what --export-hf writes
 }
 
 
 def load_model(name):
     """(model, tokenizer, checkpoint) of a checkpoint, a run, or weights in OpenAI's layout.
 
-    Those are the names in OPENAI, downloaded once, or a folder with config.json and
-    model.safetensors, as transformers and --export-hf write it; their checkpoint is {}.
+    The last are a folder with config.json and model.safetensors, as transformers and --export-hf
+    write it, or, where no file has that name, one in OPENAI, downloaded once; their checkpoint is
+    {}.
     """
     path = Path(name)
+    if not path.exists() and str(name) in OPENAI:
+        fineweb.hub_download(f"openai-community/{name}", "config.json")  # it comes beside the next
+        path = fineweb.hub_download(f"openai-community/{name}", "model.safetensors")
     if (path / "ckpt.pt").exists():
         path = path / "ckpt.pt"
-    if str(name) in OPENAI or path.is_dir() or path.suffix == ".safetensors":
-        model, tokenizer = from_pretrained(name)
+    if path.is_dir():
+        path = path / "model.safetensors"
+        if not path.exists():
+            problem = f"{name} has neither ckpt.pt, of a run, nor model.safetensors"
+            raise UserError(problem, "train first, or save the model as one safetensors file")
+    if path.suffix == ".safetensors":
+        model, tokenizer = from_pretrained(path)
         return model.eval(), fineweb.get_tokenizer(tokenizer), {}
     checkpoint = read_checkpoint(path, holds="config")
     model = GPT(GPTConfig(**checkpoint["config"]))
@@ -777,41 +1060,57 @@ def load_model(name):
     return model.eval(), fineweb.get_tokenizer(checkpoint["run"]["tokenizer"]), checkpoint
 
 
-def from_pretrained(name):
-    """(GPT, name of its tokenizer) from weights in OpenAI's layout; UserError for another model."""
-    path = Path(name)
-    if str(name) in OPENAI:
-        fineweb.hub_download(f"openai-community/{name}", "config.json")  # it comes beside the next
-        path = fineweb.hub_download(f"openai-community/{name}", "model.safetensors")
-    path = path / "model.safetensors" if path.is_dir() else path
-    if not path.exists():
-        raise UserError(f"{path} is not there: save the model as one safetensors file")
+def from_pretrained(path):
+    """(GPT, name of its tokenizer) from a safetensors file in OpenAI's layout, with config.json."""
     config_file = path.with_name("config.json")
     config = {}
-    with fineweb.reading(config_file, "a model's configuration"):
-        if config_file.exists():
-            config = json.loads(config_file.read_bytes())
-        for key, values in SUPPORTED.items():
-            if config.get(key, values[0]) not in values:
-                raise UserError(f"{path}: {key} is {config[key]!r}, {values[0]!r} is computed here")
+    if config_file.exists():
+        with fineweb.reading(config_file, "a model's configuration"):
+            config = dict(json.loads(config_file.read_bytes()))
+    for key, values in SUPPORTED.items():
+        if config.get(key, values[0]) not in values:
+            problem = f"{config_file}: {key} is {config[key]!r}"
+            raise UserError(problem, f"{values[0]!r} is what is computed here")
     with fineweb.reading(path, "a whole GPT-2", SafetensorError):
         tensors = {name.removeprefix("transformer."): t for name, t in load_file(path).items()}
-        V, C = tensors["wte.weight"].shape
         table = tensors["wte.weight"]
-        if not torch.equal(tensors.get("lm_head.weight", table), table):
-            raise UserError(f"{path} has a head of its own: only a tied one is computed here")
-        n_layer = sum(name.endswith("ln_1.weight") for name in tensors)
-        n_head = config.get("n_head", C / 64)  # OpenAI's heads have size 64
-        if C % n_head or n_head != int(n_head):
-            raise UserError(f"{path}: its config.json is missing or wrong ({n_head} heads)")
-        block_size = len(tensors["wpe.weight"])
-    padding = max(V - 50_257, 0)  # rows that others have added after GPT-2's tokens
-    model = GPT(GPTConfig(block_size, V, n_layer, int(n_head), C, vocab_padding=padding))
+        block_size, C = tensors["wpe.weight"].shape
+    if not torch.equal(tensors.get("lm_head.weight", table), table):
+        raise UserError(f"{path} has a head of its own", "only a tied one is computed here")
+    n_head = config.get("n_head", C / 64)  # OpenAI's heads have size 64
+    if not isinstance(n_head, (int, float)) or n_head < 1 or C % n_head or n_head != int(n_head):
+        raise UserError(f"{config_file} is missing or wrong ({n_head} heads)", "get it again")
+    tokenizer = config.get("tokenizer", "gpt2")
+    n_vocab = check_vocabulary(path, tokenizer, len(table))
+    rows = 64 * math.ceil(len(table) / 64)  # 50,257 rows make all products of the head slow
+    tensors["wte.weight"] = torch.cat([table, table.new_zeros(rows - len(table), C)])
+    n_layer = sum(name.endswith("ln_1.weight") for name in tensors)
+    config = GPTConfig(block_size, rows, n_layer, int(n_head), C, vocab_padding=rows - n_vocab)
+    model = GPT(config)
     with fineweb.reading(path, "a whole GPT-2", RuntimeError):
         for name in model.state_dict():
             tensors[name] = tensors[name].T if is_conv1d(name) else tensors[name]
         model.load_state_dict({name: tensors[name] for name in model.state_dict()})
-    return model, config.get("tokenizer", "gpt2")
+    return model, tokenizer
+
+
+def check_vocabulary(path, tokenizer, rows):
+    """How many tokens a model's tokenizer has; UserError if its folder has another vocabulary."""
+    n_vocab = fineweb.get_tokenizer(tokenizer).n_vocab
+    if rows < n_vocab:
+        problem = f"{path} has {rows:,} tokens, and the tokenizer {tokenizer} {n_vocab:,}"
+        raise UserError(problem, "only these two tokenizers are known here: gpt2 and tiny")
+    for name in ("vocab.json", "tokenizer.json"):
+        file = path.with_name(name)
+        if tokenizer == "gpt2" and file.exists():
+            with fineweb.reading(file, "a vocabulary"):
+                content = json.loads(file.read_bytes())
+                words = content["model"]["vocab"] if name == "tokenizer.json" else content
+            if words != json.loads(fineweb.gpt2_files()["vocab.json"]):
+                raise UserError(f"{file} is not GPT-2's vocabulary", "only that one is known here")
+    if tokenizer == "gpt2" and rows > n_vocab:
+        print(f"{path}: the rows after GPT-2's {n_vocab:,} tokens are not used")
+    return n_vocab
 
 
 def is_conv1d(name):
@@ -820,32 +1119,64 @@ def is_conv1d(name):
 
 
 def export_hf(model, tokenizer, folder):
-    """Write a folder that transformers' AutoModelForCausalLM.from_pretrained() loads."""
+    """Write a folder that transformers' from_pretrained() loads, with GPT-2's tokenizer."""
     c = model.config
     tensors = {}
     for name, t in model.state_dict().items():
         t = t.T if is_conv1d(name) else t
         tensors[f"transformer.{name}"] = t.detach().cpu().contiguous()
     tensors["transformer.wte.weight"] = model.wte.weight.detach().cpu()[: c.n_vocab].clone()
-    config = {key: values[0] for key, values in SUPPORTED.items()}
-    config |= {"vocab_size": c.n_vocab, "n_positions": c.block_size, "n_embd": c.n_embd}
-    config |= {"n_layer": c.n_layer, "n_head": c.n_head, "tokenizer": tokenizer.name}
-    config |= {"bos_token_id": tokenizer.eot_token, "eos_token_id": tokenizer.eot_token}
-    config |= {"architectures": ["GPT2LMHeadModel"], "torch_dtype": "float32"}
-    with fineweb.atomic_write(Path(folder) / "model.safetensors") as file:
-        file.write(save(tensors, metadata={"format": "pt"}))
-    with fineweb.atomic_write(Path(folder) / "config.json", "w") as file:
-        json.dump(config, file, indent=2)
+    config = {
+        **{key: values[0] for key, values in SUPPORTED.items()},
+        "vocab_size": c.n_vocab,
+        "n_positions": c.block_size,
+        "n_embd": c.n_embd,
+        "n_layer": c.n_layer,
+        "n_head": c.n_head,
+        "tokenizer": tokenizer.name,
+        "bos_token_id": tokenizer.eot_token,
+        "eos_token_id": tokenizer.eot_token,
+        "architectures": ["GPT2LMHeadModel"],
+        "torch_dtype": "float32",
+    }
+    files = {"model.safetensors": save(tensors, metadata={"format": "pt"})}
+    if tokenizer.name == "gpt2":
+        for_tokenizer = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": c.block_size}
+        files |= fineweb.gpt2_files()
+        files["tokenizer_config.json"] = json.dumps(for_tokenizer).encode()
+    files["config.json"] = json.dumps(config, indent=2).encode()
+    for name, content in files.items():
+        with fineweb.atomic_write(Path(folder) / name) as file:
+            file.write(content)
     print(f"{folder} is ready for transformers.AutoModelForCausalLM.from_pretrained")
+    if tokenizer.name != "gpt2":
+        print(f"its tokenizer, {tokenizer.name}, is this project's own: transformers has none")
+
+
+@torch.no_grad()
+def center_tokens(model):
+    """Move the mean row of the token table into the positions: all probabilities stay as they are.
+
+    OpenAI's logits lie between -35 and -120: a constant for each position, which softmax ignores.
+    But bf16 has steps of .5 there, and of .01 near 0. The embeddings wte[i] + wpe[t] stay the same;
+    all logits h @ wte[i] of a position fall by one number, h @ mean.
+    """
+    mean = model.wte.weight[: model.config.n_vocab].mean(0)
+    model.wte.weight -= mean
+    model.wpe.weight += mean
+    model.center = model.center + mean
+    return model
 
 
 def freeze(model, device):
     """The model on `device`, not to be trained; its matrices in bf16 where products are.
 
-    autocast casts a weight that gets no gradient at every call, so at every generated token; cast
-    once, here, most of the time of a token is saved where products are in bf16.
+    For a weight without a gradient autocast does not keep the copy in bf16 that it makes: it would
+    cast the weight again for each generated token, which took most of the time of a token.
     """
     model.to(device).eval().requires_grad_(False)
+    if isinstance(model, GPT):
+        center_tokens(model)
     if uses_bf16(device):
         for name, module in model.named_modules():
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.MultiheadAttention)) or name == "wte":
@@ -853,25 +1184,15 @@ def freeze(model, device):
     return model
 
 
-def sample(args):
-    """Print continuations of a text."""
-    model, tokenizer, _ = load_model(args.ckpt or default_checkpoint())
-    freeze(model, pick_device())
-    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    sampling |= {"num": args.num, "seed": args.seed}
-    for text in complete(model, tokenizer, args.sample, args.max_new_tokens, **sampling):
-        print(f"{text}\n---")
-
-
 def complete(model, tokenizer, text, max_new_tokens, num=1, seed=0, **sampling):
     """[the text with a continuation, ...]: `num` of them, by a model that is frozen."""
     device = pick_device()
     prompt = [tokenizer.eot_token, *tokenizer.encode_ordinary(text)]
     idx = torch.tensor([prompt] * num, device=device)
-    sampling |= {"stop": tokenizer.eot_token}
-    sampling["generator"] = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
+    options = {"stop": tokenizer.eot_token, "generator": generator, **sampling}
     with autocast(device):
-        rows = generate(model, idx, max_new_tokens, **sampling)[:, len(prompt) :].tolist()
+        rows = generate(model, idx, max_new_tokens, **options)[:, len(prompt) :].tolist()
     return [text + continued for continued in decode(rows, tokenizer)]
 
 
@@ -881,44 +1202,17 @@ def decode(rows, tokenizer):
     return [tokenizer.decode(row, errors="replace") for row in rows]
 
 
-def evaluate(args):
-    """Print the validation losses of a model, and its accuracies on HellaSwag."""
-    path = args.ckpt or default_checkpoint()
-    with rank_zero_first():
-        model, tokenizer, checkpoint = load_model(path)
-    device = pick_device()
-    model.to(device)
-    preset = checkpoint.get("run", {}).get("preset", "gpt2")
-    data = Path(args.data or default_data(preset))
-    if preset == "tiny" and not args.data:
-        with rank_zero_first():
-            fineweb.make_toy_text(data)
-    print(f"{path}, {data}:")
-    if data.exists() or args.data:
-        _, val_sets, _ = open_data(data, model.config)
-        validate(model, model.config, val_sets, tokenizer, RECIPES[preset], device)
-    else:
-        print("no validation loss: there are no shards (python fineweb.py downloads them)")
-    if tokenizer.name != "gpt2" or model.config.block_size < 256:
-        print("no HellaSwag: it needs GPT-2's tokens and a context of 256")
-        return
-    with rank_zero_first():
-        examples = hellaswag.subset(hellaswag.load_examples(), args.limit)
-    for method in ("token mean", "harness"):
-        items = [hellaswag.render(example, tokenizer, method) for example in examples]
-        evaluate_hellaswag(model, items, device, method)
-
-
-def default_checkpoint():
-    """The run of the last of PRESETS that has one, or else where that of the first would be."""
+def newest_run():
+    """The checkpoint of a preset's run that was written last."""
     paths = [Path(f"runs/{preset}/ckpt.pt") for preset in PRESETS]
-    return ([path for path in paths if path.exists()] or paths[:1])[-1]
+    present = [path for path in paths if path.exists()]
+    return max(present, key=lambda path: path.stat().st_mtime, default=paths[0])
 
 
 # -----------------------------------------------------------------------------
-# Appendix A: devices and processes
+# Devices and processes
 
-# dense bf16, a second
+# dense bf16, a second; sm80 is the first generation of NVIDIA's GPUs with bf16 (A100)
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "4090": 165e12, "A5000": 111e12}
 
 
@@ -936,7 +1230,7 @@ def use_device():
 
 
 def uses_bf16(device):
-    """Whether the hardware has bf16 matrix products: CUDA from sm80, CPUs with AVX512-BF16, AMX."""
+    """Whether the hardware has bf16 products: CUDA from sm80; CPUs with AVX512-BF16 (AMX too)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported()
@@ -954,7 +1248,7 @@ def join_processes():
     needed = {"WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
     missing = needed - set(os.environ)
     if missing:
-        raise UserError(f"RANK is set, but not {', '.join(missing)}: unset it, or use torchrun")
+        raise UserError(f"RANK is set, but not {', '.join(missing)}", "unset it, or use torchrun")
     use_device()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     device = pick_device() if backend == "nccl" else None
@@ -962,6 +1256,14 @@ def join_processes():
     dist.init_process_group(backend, timeout=timeout, device_id=device)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
+
+
+def leave_processes():
+    """Wait for all ranks, then end their group; threads of it would abort the process at exit."""
+    if dist.is_initialized():
+        dist.barrier(patient_group())
+        dist.destroy_process_group()
+        patient_group.cache_clear()
 
 
 def rank():
@@ -1018,14 +1320,17 @@ def compiled(function):
 
 @functools.cache
 def can_compile():
-    """Whether torch.compile works here, on a GPU; if not, says so once."""
+    """Whether torch.compile works here, on a GPU; if not, says why, once."""
     if not torch.cuda.is_available():
         return False
     try:
         torch.compile(torch.sin)(torch.ones(1, device=pick_device()))
         return True
-    except (RuntimeError, ImportError, OSError):
-        print("not compiled: there is no working compiler; training is slower")
+    except torch.OutOfMemoryError:  # another program has the memory; the compiler may be fine
+        raise
+    except Exception as error:  # the compiler's, Triton's or a subprocess's; often no Python.h
+        reason = " ".join(str(error).split("\n")[:2])[:150]
+        print(f"not compiled, so training is slower: {type(error).__name__}: {reason}")
         return False
 
 
@@ -1036,7 +1341,10 @@ def flops_per_token(config):
 
 
 def hardware_use(flops_per_second):
-    """Peak memory as text, and on GPUs MFU (model FLOPs utilization) where the peak is known."""
+    """Peak memory as text, and on GPUs MFU (model FLOPs utilization) where the peak is known.
+
+    Cards of one name differ (PCIe, laptops), so the text says which peak is assumed.
+    """
     if not torch.cuda.is_available():
         status = Path("/proc/self/status")  # on Linux
         match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text() if status.exists() else "")
@@ -1044,163 +1352,13 @@ def hardware_use(flops_per_second):
     text = f" | {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
     for name, peak in PEAK_FLOPS.items():
         if name in torch.cuda.get_device_name() and flops_per_second:
-            text += f" | MFU {flops_per_second / peak / world_size():5.1%}"
+            mfu = flops_per_second / peak / world_size()
+            text += f" | MFU {mfu:5.1%} of {peak / 1e12:.0f} TFLOP/s"
     return text
 
 
 # -----------------------------------------------------------------------------
-# Appendix B: the loss without the logits of a whole batch
-
-ROWS = 2048  # of logits that exist at a time
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """The summed cross-entropy of hidden states h (rows, C) under a head W (V, C), in chunks.
-
-    The gradient of -log softmax(z)[y] in z is softmax(z) - one_hot(y), known as soon as the logits
-    are. So the forward pass computes it too, chunk after chunk, and the backward pass only hands it
-    out:
-
-        for i in range(0, len(h), ROWS):
-            logits = h[i:i + ROWS] @ W.T                                   # (rows, V)
-            loss += cross_entropy(logits, targets[i:i + ROWS])
-            grad_logits = softmax(logits) - one_hot(targets[i:i + ROWS])
-            grad_h[i:i + ROWS] = grad_logits @ W
-            grad_W += grad_logits.T @ h[i:i + ROWS]
-
-    test_loss_and_its_gradients_equal_float64
-    """
-
-    @staticmethod
-    def forward(ctx, h, weight, targets, n_vocab):
-        dtype = h.dtype
-        if torch.is_autocast_enabled(h.device.type):
-            dtype = torch.get_autocast_dtype(h.device.type)  # mixed precision: products in bf16
-        W = weight.to(dtype)
-        total = torch.zeros((), device=h.device)
-        needs_h, needs_weight = ctx.needs_input_grad[:2]
-        grad_h = torch.empty_like(h) if needs_h else None
-        grad_weight = torch.zeros_like(weight) if needs_h and needs_weight else None
-        buffer = W.new_empty(min(len(h), ROWS), len(W))  # one for all chunks: new memory is slow
-        for i in range(0, len(h), ROWS):
-            x = h[i : i + ROWS].to(dtype)
-            target = targets[i : i + ROWS, None]
-            valid = target != -100
-            grad_logits = torch.mm(x, W.T, out=buffer[: len(x)])  # the logits, which the next line
-            total += loss_and_gradient(grad_logits, target, n_vocab)  # overwrites by their gradient
-            if needs_h:
-                grad_h[i : i + ROWS] = grad_logits @ W * valid
-            if grad_weight is not None:  # neither gradient in an evaluation
-                grad_weight += grad_logits.T @ (x * valid)
-        ctx.save_for_backward(grad_h, grad_weight)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad_total):
-        grads = [None if grad is None else grad.mul_(grad_total) for grad in ctx.saved_tensors]
-        return *grads, None, None
-
-
-def loss_and_gradient(logits, target, n_vocab):
-    """Summed cross-entropy of logits (rows, V), which are overwritten by their gradient.
-
-    target: (rows, 1); where it is -100 the loss is 0 and the gradient means nothing. On CUDA this
-    is one compiled function, so that the logits are read twice and written once.
-    """
-    if logits.is_cuda:
-        return compiled(softmax_minus_one_hot)(logits, target, n_vocab)
-    rows = max(1, 500_000 // logits.size(1))  # as many as fit into a CPU's cache in fp32
-    pieces = zip(logits.split(rows), target.split(rows), strict=True)
-    return sum(softmax_minus_one_hot(z, y, n_vocab) for z, y in pieces)
-
-
-def softmax_minus_one_hot(logits, target, n_vocab):
-    """loss_and_gradient() in plain PyTorch; test_the_compiled_head_stores_no_fp32_logits"""
-    logits[:, n_vocab:] = -math.inf  # rows of the table that are no tokens get no probability
-    log_p = F.log_softmax(logits, dim=1, dtype=torch.float32)
-    index = target.clamp(min=0)
-    log_p_target = log_p.gather(1, index)  # (rows, 1)
-    logits.copy_(log_p.exp_())
-    logits.scatter_(1, index, (log_p_target.exp() - 1).to(logits.dtype))  # minus the one-hot
-    return -(log_p_target * (target != -100)).sum()
-
-
-# -----------------------------------------------------------------------------
-# Appendix C: what helps a short training: positions that begin as sinusoids, and Muon
-
-
-def sinusoids(T, C, std):
-    """Positions (T, C) that begin as sinusoids (Vaswani et al. 2017, section 3.5), then learn.
-
-    Their periods are 2, 4, 8 ... 2 T (at integers sin(pi t) is 0, hence t + 0.25), in random
-    orthogonal directions. GPT-2's learned positions come to look like that too, but a short run has
-    no time for it: from random positions it often did not learn the columns of the toy map.
-    """
-    periods = 2.0 ** torch.arange(1, math.log2(T) + 2)
-    angles = 2 * math.pi * (torch.arange(T)[:, None] + 0.25) / periods
-    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (T, 2 * periods)
-    directions = torch.linalg.qr(torch.randn(C, waves.size(1)))[0]  # (C, 2 * periods)
-    return waves @ directions.T * std * math.sqrt(C / len(periods))
-
-
-class Muon(torch.optim.AdamW):
-    """AdamW, except for groups with "muon": orthogonalized steps (Muon, Jordan et al. 2024).
-
-    The gradient U S V^T of a matrix has few large singular values S: a step along it moves a few
-    directions far and the others hardly at all. U V^T, with all singular values 1, moves all of
-    them equally far, so that rare things are learned sooner:
-
-        momentum = 0.95 * momentum + grad
-        update = orthogonalize(grad + 0.95 * momentum)                       # Nesterov's momentum
-        weight -= lr * (update * sqrt(max(1, rows / columns)) + weight_decay * weight)
-    """
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            if group["muon"]:
-                self.muon_step(group)
-        super().step()
-
-    def muon_step(self, group):
-        updates = {}  # matrices of one shape are orthogonalized together
-        for p in group["params"]:
-            state = self.state[p]
-            if not state:
-                state["momentum"] = torch.zeros_like(p)
-                state["step"] = torch.zeros(())  # AdamW looks for it when a run is continued
-            momentum = state["momentum"].mul_(0.95).add_(p.grad)
-            update = p.grad + 0.95 * momentum
-            p.grad = None  # so that AdamW leaves this one alone
-            parts = 3 if p.size(0) == 3 * p.size(1) else 1  # c_attn is three matrices: q, k, v
-            for pair in zip(p.chunk(parts), update.chunk(parts), strict=True):
-                updates.setdefault(pair[0].shape, []).append(pair)
-        for (rows, columns), pairs in updates.items():
-            steps = orthogonalize(torch.stack([update for _, update in pairs]))
-            scale = max(1, rows / columns) ** 0.5
-            for (weight, _), step in zip(pairs, steps, strict=True):
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(step, alpha=-group["lr"] * scale)
-
-
-def orthogonalize(G):
-    """U V^T for each matrix U S V^T of G (n, rows, columns), roughly, by Newton-Schulz steps.
-
-    X <- aX + b(XX^T)X + c(XX^T)^2 X is a polynomial of the singular values that takes all but the
-    smallest of them to about .7 ... 1.2 in five steps; matrix products alone, in bf16 where fast.
-    """
-    X = G.bfloat16() if uses_bf16(G.device) else G
-    tall = X.size(1) > X.size(2)
-    X = X.mT if tall else X
-    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):
-        A = X @ X.mT
-        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
-    return (X.mT if tall else X).to(G.dtype)
-
-
-# -----------------------------------------------------------------------------
-# Appendix D: the folder of a run
+# The folder of a run
 
 FORMAT = 2  # of checkpoints
 PATIENCE = 10  # steps in a row whose loss is not finite before a run gives up
@@ -1227,38 +1385,60 @@ class Run:
         self.best = math.inf  # the lowest validation loss, where someone asks for it
         self.signal = None
         self.restart = restart
+        self.names = {}  # of parts; they may change when it is continued
         self.rows = []  # of log.csv
 
     def resume(self, model, optimizer):
         """Go on where the checkpoint in the folder stopped; UserError if it is of another run."""
-        path = self.path if self.path.exists() else self.path.with_suffix(".prev.pt")
-        if path.exists() and not self.restart:
-            checkpoint = read_checkpoint(path)
+        what_to_do = "choose another --out, or --restart"
+        refuse_other_files(self.out)
+        log = read_log(self.out / "log.csv")
+        checkpoint = self.read_own(what_to_do) if self.path.exists() else None
+        if checkpoint and not self.restart:
             for key, value in self.identity.items():
                 if checkpoint["run"].get(key) != value:
-                    reason = f"{path} was made with {key} {checkpoint['run'].get(key)}"
-                    raise UserError(f"{reason}, not {value}: choose another --out, or --restart")
-            again = "choose another --out, or --restart"
-            with fineweb.reading(path, "of this version", RuntimeError, what_to_do=again):
+                    problem = f"{self.path} was made with {key} {checkpoint['run'].get(key)}"
+                    raise UserError(f"{problem}, not {value}", what_to_do)
+            with fineweb.reading(self.path, "of this version", RuntimeError, what_to_do=what_to_do):
                 model.load_state_dict(checkpoint["model"])
                 optimizer.load_state_dict(checkpoint["optimizer"])
             for name in ("step", "seconds", "skipped", "best"):
                 setattr(self, name, checkpoint[name])
-            rows = read_log(self.out / "log.csv")
-            self.rows = [row for row in rows if row["step"] <= self.step]  # later rows are redone
+            recipe = checkpoint.get("recipe", asdict(self.recipe))
+            if self.step > self.recipe.max_steps or (
+                self.step == self.recipe.max_steps and recipe != asdict(self.recipe)
+            ):
+                problem = f"{self.out} has come to its end with another recipe"
+                raise UserError(problem, f"give more --steps than {self.step}, or {what_to_do}")
+            self.rows = [row for row in log if row["step"] <= self.step]  # later rows are redone
         steps = torch.tensor(float(self.step), device=pick_device())
         if all_reduce(steps).item() != self.step * world_size():
-            raise UserError("the ranks found different checkpoints: --out must be shared by all")
+            raise UserError("the ranks found different checkpoints", "share --out among all")
+
+    def read_own(self, what_to_do):
+        """The checkpoint in the folder; UserError if a run of another kind made it.
+
+        A damaged one is None with --restart, which is there for that.
+        """
+        try:
+            checkpoint = read_checkpoint(self.path, what_to_do=what_to_do)
+        except UserError:
+            if self.restart:
+                return None
+            raise
+        if ("bridge" in checkpoint["run"]) != ("bridge" in self.identity):
+            raise UserError(f"{self.out} has another kind of run", "choose another --out")
+        return checkpoint
 
     def __enter__(self):
         self.out.mkdir(parents=True, exist_ok=True)
         self.stack = contextlib.ExitStack()
         if rank() == 0:
             self.stack.enter_context(fineweb.lock(self.out))
-            # the marks of a finished run, and what a kill in the middle of writing has left
-            marks = (self.out / "samples.txt", *self.out.glob("scores*.json"))
-            for old in (*marks, *self.out.glob(".*.tmp")):
-                old.unlink(missing_ok=True)
+            for name in ("ckpt.pt", "best.pt", "log.csv"):
+                old = [*self.out.glob(f".{name}.*.tmp")]  # of a kill in the middle of writing
+                for path in (*old, self.out / name) if self.restart else old:
+                    path.unlink(missing_ok=True)
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
             if number and signal.getsignal(number) != signal.SIG_IGN:
@@ -1269,19 +1449,24 @@ class Run:
     def __exit__(self, kind, error, traceback):
         self.stack.close()
         if isinstance(error, torch.OutOfMemoryError):
-            half = max(self.recipe.micro_batch // 2, 1)
-            raise UserError(f"out of memory: use --micro-batch {half}") from None
+            batch = self.recipe.micro_batch
+            what_to_do = f"use --micro-batch {batch // 2}"
+            if batch == 1:
+                what_to_do = "free some, or take a smaller model"
+            raise UserError("out of memory", what_to_do) from error
         if isinstance(error, RuntimeError) and "timed out" in str(error).lower():
-            raise UserError("another rank does not answer: look at its output") from None
+            raise UserError("another rank does not answer", "look at its output") from error
 
     def on_signal(self, number, frame):
         """Ask the loop to stop; without torchrun the next signal is no longer caught."""
-        os.write(2, b"\nstopping after this step\n")
         self.signal = number
+        message = b"\nstopping after this step\n"
         if world_size() == 1:  # torchrun passes Ctrl-C on: its processes get it twice
-            os.write(2, b"once more stops at once\n")
+            message += b"once more stops at once\n"
             for other in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(other, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # a terminal that was closed
+            os.write(2, message)
 
     def stop_requested(self):
         """Whether a rank was asked to stop: then all do, at the same step."""
@@ -1294,7 +1479,18 @@ class Run:
         """End the process as a signal would have."""
         again = "the command without --restart" if self.restart else "the same command"
         print(f"stopped after step {self.step:,}; {again} resumes it", flush=True)
+        leave_processes()
         sys.exit(128 + (self.signal or signal.SIGTERM))
+
+    def is_eval_step(self):
+        """Whether the model is evaluated after the steps that are done."""
+        return self.step % self.recipe.eval_every == 0 or self.step == self.recipe.max_steps
+
+    def lacks_evaluation(self):
+        """Whether the run stopped in a step whose evaluation is still to be made."""
+        if not self.rows or self.rows[-1]["step"] != self.step or not self.is_eval_step():
+            return False
+        return not any(name.startswith("val_") for name in self.rows[-1])
 
     def count_step(self, loss, norm):
         """One step more is done; UserError if too many were not finite."""
@@ -1303,8 +1499,8 @@ class Run:
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == PATIENCE:
-            reason = f"the loss was not finite in {PATIENCE} steps in a row"
-            raise UserError(f"{reason}: go on from {self.path} with a lower --lr")
+            problem = f"the loss was not finite in {PATIENCE} steps in a row"
+            raise UserError(problem, f"go on from {self.path} with a lower --lr")
 
     def progress(self, loss, lr, norm, per_step, flops=0):
         """Print a line about the last steps; returns it as columns of the log."""
@@ -1319,24 +1515,40 @@ class Run:
         speed = f"{rate:9,.0f} {self.unit}/s{hardware_use(rate * flops)}"
         rates = f"lr {lr:.2e} | norm {norm:5.2f}"
         print(f"{begin} | {rates} | {speed}{skipped} | {left} left", flush=True)
-        row = {"loss": loss, "lr": lr, "norm": norm, "skipped": self.skipped}
-        return row | {f"{self.unit}_per_second": rate, "seconds": self.seconds}
+        return {
+            "loss": loss,
+            "lr": lr,
+            "norm": norm,
+            "skipped": self.skipped,
+            f"{self.unit}_per_second": rate,
+            "seconds": self.seconds,
+        }
 
     def log(self, row):
-        """Add a row to log.csv, which is written anew, because a row may have new columns."""
+        """Add to the step's row of log.csv, which is written anew: a row may have new columns."""
         if row and rank() == 0:
-            self.rows.append({"step": self.step} | row)
+            if not self.rows or self.rows[-1]["step"] != self.step:
+                self.rows.append({"step": self.step})
+            self.rows[-1] |= row
             with fineweb.atomic_write(self.out / "log.csv", "w", newline="") as file:
                 writer = csv.DictWriter(file, dict.fromkeys(itertools.chain(*self.rows)))
                 writer.writeheader()
                 writer.writerows(self.rows)
 
     def save(self, model, optimizer):
-        """Write the checkpoint, keep the one before, and draw the curves."""
+        """Write the checkpoint, and draw the curves."""
         if rank() == 0:
-            content = {"run": self.identity, "model": model.state_dict(), "seconds": self.seconds}
-            content |= {"step": self.step, "skipped": self.skipped, "best": self.best}
-            content |= {"optimizer": optimizer.state_dict()}
+            content = {
+                "run": self.identity | self.names,
+                "recipe": asdict(self.recipe),
+                "step": self.step,
+                "finished": self.step == self.recipe.max_steps,
+                "seconds": self.seconds,
+                "skipped": self.skipped,
+                "best": self.best,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
             if hasattr(model, "config"):
                 content["config"] = asdict(model.config)
             save_checkpoint(self.path, content)
@@ -1346,40 +1558,47 @@ class Run:
         self.timed_from = (self.step, time.time())
 
 
-def save_checkpoint(path, content, keep=True):
-    """Write tensors, numbers, strings and dicts; keep: the file before stays as NAME.prev.pt."""
-    path = Path(path)
-    new = path.with_suffix(".new.pt")
+def refuse_other_files(folder):
+    """UserError for a folder in which something else lies than a run, or nothing."""
+    names = {path.name for path in Path(folder).glob("[!.]*")}
+    if names - {"log.csv"} and "ckpt.pt" not in names:
+        raise UserError(f"{folder} has files, but no run", "choose another --out")
+
+
+def save_checkpoint(path, content):
+    """Write tensors, numbers, strings and dicts, all or nothing."""
     try:
-        with fineweb.atomic_write(new) as file:
+        with fineweb.atomic_write(path) as file:
             torch.save({"format": FORMAT} | content, file)
     except (OSError, RuntimeError) as error:  # PyTorch turns a full disk into a RuntimeError
         reason = getattr(error, "strerror", None) or "the disk did not take all of it"
-        raise UserError(f"{path} cannot be written ({reason}): make room, and go on") from None
-    if keep and path.exists():
-        os.replace(path, path.with_suffix(".prev.pt"))
-    os.replace(new, path)
+        raise UserError(f"{path} cannot be written ({reason})", "make room, and go on") from error
 
 
-def read_checkpoint(path, holds="run"):
+def read_checkpoint(path, holds="run", what_to_do="name another"):
     """What save_checkpoint() wrote; UserError when it is damaged, or another kind of file."""
     path = Path(path)
     if not path.exists():
-        raise UserError(f"{path} is not there: train first, or name another --ckpt")
-    before = path.with_suffix(".prev.pt")
-    what_to_do = f"rename {before} to it" if before.exists() else "name another, or --restart"
+        raise UserError(f"{path} is not there", "train first, or name another --ckpt")
     what = f"a whole checkpoint of a {holds}, format {FORMAT}"
     damage = (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, RuntimeError)
     with fineweb.reading(path, what, *damage, what_to_do=what_to_do):
         with zipfile.ZipFile(path) as parts:  # PyTorch does not look at the checksums
             if parts.testzip():
                 raise zipfile.BadZipFile("its checksum is wrong")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        # mapped, eight processes on a machine with GPUs share one copy in its memory
+        mapped = torch.cuda.is_available()
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         if checkpoint["format"] != FORMAT:
             raise ValueError(f"format {checkpoint['format']}")
     if holds not in checkpoint:
-        raise UserError(f"{path} is not {what}, but has {', '.join(checkpoint)}: name another")
+        raise UserError(f"{path} is not {what}, but has {', '.join(checkpoint)}", "name another")
     return checkpoint
+
+
+def is_finished(path):
+    """Whether there is the checkpoint of a run that has come to its last step."""
+    return Path(path).exists() and read_checkpoint(path).get("finished", False)
 
 
 def read_log(path):
@@ -1400,8 +1619,10 @@ def draw_run(out):
     for name in [column for column in columns if column.startswith("val_")]:
         lines[name.replace("val_val", "validation").removeprefix("val_")] = curve(rows, name)
     panels = {"loss, nats per token": lines}
-    titles = {"hellaswag": "HellaSwag, acc_norm by token mean (OpenAI: 0.2955)"}
-    titles |= {"cider": "CIDEr-D of greedy captions"}
+    titles = {
+        "hellaswag": "HellaSwag, acc_norm by token mean (OpenAI's 124M: 0.2955)",
+        "cider": "CIDEr-D of greedy captions",
+    }
     for name, title in titles.items():
         if name in columns:
             panels[title] = {"validation": curve(rows, name)}
@@ -1476,22 +1697,35 @@ def default_data(preset):
     return Path("data/tiny" if preset == "tiny" else "data/fineweb_edu")
 
 
-def choose_setup(args, device):
+def choose_setup(preset, data, device):
     """(preset, folder of shards): by flag; else gpt2 (GPU, 100 M tokens), small (--data), tiny."""
-    data = args.data or default_data("gpt2")
-    preset = args.preset
     if preset is None:
-        preset = "small" if args.data else "tiny"  # small: less than 100 M tokens, or on a CPU
-        if fineweb.read_tokens_info(data)["tokenizer"] == "tiny":
+        preset = "small" if data else "tiny"  # small: less than 100 M tokens, or on a CPU
+        folder = Path(data or default_data("gpt2"))
+        if fineweb.read_tokens_info(folder)["tokenizer"] == "tiny":
             preset = "tiny"
-        elif device.type == "cuda" and Path(data).exists() and len(open_shards(data)[0]) >= 1e8:
+        elif device.type == "cuda" and folder.exists() and len(open_shards(folder)[0]) >= 1e8:
             preset = "gpt2"
-    if preset == "tiny" and not args.data:
+    if preset == "tiny" and data is None:
         print("setup      toy. The full one: python fineweb.py --tokens 10B, then, with a GPU,")
         print("           python train_gpt2.py --preset gpt2")
         with rank_zero_first():
             fineweb.make_toy_text(default_data("tiny"))
-    return preset, Path(args.data or default_data(preset))
+    return preset, Path(data or default_data(preset))
+
+
+def with_flags(recipe, flags, T=1):
+    """The recipe with the flags that were given ({name: value or None}).
+
+    Raises UserError if a step cannot be shared out among the ranks, in windows of T.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    recipe = dataclasses.replace(recipe, **given)
+    if recipe.batch_size % T or recipe.batch_size < T * world_size():
+        what_to_do = f"give a multiple of {T:,}, at least {T * world_size():,}"
+        raise UserError(f"a step of {recipe.batch_size:,} cannot be shared out", what_to_do)
+    warmup_steps = min(recipe.warmup_steps, math.ceil(recipe.max_steps / 10))  # of a short trial
+    return dataclasses.replace(recipe, warmup_steps=warmup_steps)
 
 
 def open_shards(folder):
@@ -1506,7 +1740,7 @@ def open_shards(folder):
             paths.append(path)
     if not train or not val:
         wanted = "shards NAME_train_000001.bin and NAME_val_000000.bin"
-        raise UserError(f"{folder} has no {wanted}: make them with fineweb.py")
+        raise UserError(f"{folder} has no {wanted}", "make them with fineweb.py")
     if len(val) == 1:
         val = {"val": val.popitem()[1]}
     return TokenDataset(train), {name: TokenDataset(paths) for name, paths in val.items()}
@@ -1517,9 +1751,22 @@ def open_data(folder, config):
     train_set, val_sets = open_shards(folder)
     tokenizer = fineweb.get_tokenizer(fineweb.read_tokens_info(folder)["tokenizer"])
     if tokenizer.n_vocab != config.n_vocab:
-        reason = f"{folder} has tokens of {tokenizer.name}, {tokenizer.n_vocab:,} of them"
-        raise UserError(f"{reason}, and the model {config.n_vocab:,}: name another --preset")
+        problem = f"{folder} has tokens of {tokenizer.name}, {tokenizer.n_vocab:,} of them"
+        what_to_do = "name shards of the model's tokenizer with --data"
+        raise UserError(f"{problem}, and the model {config.n_vocab:,}", what_to_do)
+    numbers = [int(path.stem[-6:]) for path in train_set.paths if path.stem[-6:].isdigit()]
+    missing = set(range(min(numbers, default=0), max(numbers, default=0))) - set(numbers)
+    if missing:
+        print(f"{folder} lacks the training shards {', '.join(map(str, sorted(missing)))}")
     return train_set, val_sets, tokenizer
+
+
+def digest(dataset):
+    """Tells datasets apart: a hash of the shards' lengths and of their first and last tokens."""
+    ends = hashlib.sha256()
+    for shard in dataset.shards:
+        ends.update(f"{len(shard)} ".encode() + shard[:1000].tobytes() + shard[-1000:].tobytes())
+    return ends.hexdigest()[:16]
 
 
 def describe(run, preset, data, model, train_set, device):
@@ -1540,65 +1787,75 @@ def describe(run, preset, data, model, train_set, device):
 
 def finish(run, model, tokenizer):
     """Write and print samples, and what to do next."""
-    if rank() > 0:
-        return
     freeze(model, pick_device())
     texts = []
     for prompt in ("", "The ", "In the beginning"):
         length = min(model.config.block_size, 200)
         texts += complete(model, tokenizer, prompt, length, temperature=0.8, top_k=50)
-    with fineweb.atomic_write(run.out / "samples.txt", "w") as file:  # marks the run as finished
+    with fineweb.atomic_write(run.out / "samples.txt", "w") as file:
         file.writelines(f"--- {text}\n" for text in texts)
     print("".join(f"--- {text}\n" for text in texts))
     print(f"{run.seconds:.0f} s of training; {run.out} has checkpoint, log, curves and samples.")
     print(f'Next: python train_gpt2.py --sample "The " --ckpt {shlex.quote(str(run.out))}')
 
 
-def main(arguments=None):
+def main():
     """The commands at the top of this file."""
     parser = fineweb.ArgumentParser(__doc__)
     positive = number(int, 1)
-    group = parser.add_argument_group("training")
-    group.add_argument("--preset", choices=PRESETS, help="shape and recipe of the model")
-    group.add_argument("--data", help="folder of shards (python fineweb.py makes one)")
-    group.add_argument("--out", help="folder of the run (default: runs/<preset>)")
-    group.add_argument("--steps", dest="max_steps", type=positive, help="updates of the weights")
-    group.add_argument("--batch-tokens", dest="batch_size", type=positive, help="tokens a step")
-    group.add_argument("--micro-batch", type=positive, help="windows at once: less memory if lower")
-    group.add_argument("--lr", type=number(float, 0, 1), help="the highest learning rate")
-    group.add_argument("--eval-every", type=positive, help="steps between evaluations")
-    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
-    group.add_argument("--restart", action="store_true", help="forget what is in the run's folder")
+    training = parser.add_argument_group("training")
+    training.add_argument("--preset", choices=PRESETS, help="shape and recipe of the model")
+    training.add_argument("--out", help="folder of the run (default: runs/<preset>)")
+    training.add_argument("--steps", dest="max_steps", type=positive, help="updates of the weights")
+    training.add_argument("--batch-tokens", dest="batch_size", type=number(int, 1, 10**8),
+                          help="tokens a step")
+    training.add_argument("--micro-batch", type=positive, help="windows at once: less memory")
+    training.add_argument("--lr", type=number(float, 0, 1), help="the highest learning rate")
+    training.add_argument("--eval-every", type=positive, help="steps between evaluations")
+    training.add_argument("--restart", action="store_true", help="forget the run in the folder")
+    parser.add_argument("--data", help="folder of shards (python fineweb.py makes one)")
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
     group = parser.add_argument_group("with a trained model")
     task = group.add_mutually_exclusive_group()
-    task.add_argument("--sample", metavar="TEXT", help="continue TEXT")
+    task.add_argument("--sample", metavar="TEXT", type=str, help="continue TEXT")
     task.add_argument("--eval", action="store_true", help="validation loss and HellaSwag")
     task.add_argument("--export-hf", metavar="DIR", help="write a folder for transformers")
     group.add_argument("--ckpt", help="checkpoint, run, folder for transformers, or gpt2, gpt2-xl")
     group.add_argument("--limit", type=positive, help="use only so many random HellaSwag items")
-    group.add_argument("--max-new-tokens", type=positive, default=200, help="of a sample (200)")
-    group.add_argument("--temperature", type=number(float, 0, 100), default=0.8, help="(0.8)")
-    group.add_argument("--top-k", type=positive, help="only the k most probable tokens")
-    group.add_argument("--top-p", type=number(float, 0.001, 1), help="only the nucleus of p")
-    group.add_argument("--num", type=positive, default=1, help="how many samples (1)")
-    args = parser.parse_args(arguments)
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--max-new-tokens", type=positive, default=200, help="(200)")
+    sampling.add_argument("--temperature", type=number(float, 0, 100), default=0.8, help="(0.8)")
+    sampling.add_argument("--top-k", type=positive, help="only the k most probable tokens")
+    sampling.add_argument("--top-p", type=number(float, 0.001, 1), help="only the nucleus of p")
+    sampling.add_argument("--num", type=number(int, 1, 10_000), default=1, help="samples (1)")
+    args = parser.parse_args()
     join_processes()
-    recipe = ("--preset", "--out", "--steps", "--batch-tokens", "--micro-batch", "--lr")
-    recipe += ("--eval-every", "--restart")
-    sampling = ("--max-new-tokens", "--temperature", "--top-k", "--top-p", "--num")
+    path = args.ckpt or newest_run()
     if args.sample is not None:
-        parser.refuse("--sample", *recipe, "--limit", "--data")
-        sample(args)
+        parser.only("--sample", "--sample", "--ckpt", "--seed", sampling)
+        model, tokenizer, _ = load_model(path)
+        print(f"model      {path}")
+        freeze(model, pick_device())
+        options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+        for text in complete(model, tokenizer, args.sample, args.max_new_tokens, args.num,
+                             args.seed, **options):
+            print(f"{text}\n---")
     elif args.eval:
-        parser.refuse("--eval", *recipe, *sampling, "--seed")
-        evaluate(args)
+        parser.only("--eval", "--eval", "--ckpt", "--data", "--limit")
+        evaluate(path, args.data, args.limit)
     elif args.export_hf:
-        parser.refuse("--export-hf", *recipe, *sampling, "--seed", "--limit", "--data")
-        model, tokenizer, _ = load_model(args.ckpt or default_checkpoint())
+        parser.only("--export-hf", "--export-hf", "--ckpt")
+        model, tokenizer, _ = load_model(path)
+        print(f"model      {path}")
         export_hf(model, tokenizer, args.export_hf)
     else:
-        parser.refuse("training", "--ckpt", "--limit", *sampling)
-        train(args)
+        parser.only("training", training, "--data", "--seed")
+        preset, data = choose_setup(args.preset, args.data, pick_device())
+        names = ("max_steps", "batch_size", "micro_batch", "lr", "eval_every")
+        flags = {name: getattr(args, name) for name in names}
+        recipe = with_flags(RECIPES[preset], flags, PRESETS[preset].block_size)
+        train(preset, data, args.out or f"runs/{preset}", recipe, args.seed, args.restart)
+    leave_processes()
 
 
 if __name__ == "__main__":
