@@ -23,6 +23,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -138,6 +139,12 @@ def text_steps(model, recipe, dataset, seed=0, first=0):
 def fp32(monkeypatch):
     """Products in fp32, so that results can be compared closely."""
     monkeypatch.setattr(train_gpt2, "uses_bf16", lambda device: False)
+
+
+@pytest.fixture(params=["fp32", "bf16"])
+def precision(request, monkeypatch):
+    """Products in both, whatever this machine has: bf16 is emulated where it is missing."""
+    monkeypatch.setattr(train_gpt2, "uses_bf16", lambda device: request.param == "bf16")
 
 
 # -----------------------------------------------------------------------------
@@ -530,6 +537,124 @@ def test_a_terminal_that_cannot_print_and_a_closed_pipe(tmp_path):
     assert process.stdout == "0\n" and process.stderr == ""
 
 
+def test_books_are_encoded_in_pieces():
+    """A long document whose tokens differ where it is cut, or whose list of tokens fills memory."""
+    tokenizer = fineweb.get_tokenizer("tiny")
+    rng = random.Random(0)
+    pieces = ["red circle", "\n\n", "  there", "naïve", " .", "x" * 40]
+    text = " ".join(rng.choice(pieces) for _ in range(100_000))
+    assert len(text) > 1_000_000
+    seen = []
+    spy = types.SimpleNamespace(
+        eot_token=430,
+        encode_ordinary=lambda text: seen.append(len(text)) or tokenizer.encode_ordinary(text))
+    tokens = fineweb.encode_document(text, spy)[1:].tolist()
+    assert tokens == tokenizer.encode_ordinary(text) and max(seen) <= 1_000_000
+
+
+@real_data
+def test_pieces_of_a_book_have_gpt2s_tokens():
+    """A cut at which GPT-2's tokens are others than those of the whole text."""
+    tokenizer = fineweb.get_tokenizer("gpt2")
+    book = sorted((REAL / "text/gutenberg").glob("*.jsonl"))[0]
+    text = "\n\n".join(fineweb.read_documents([book])) * 5
+    assert len(text) > 1_500_000
+    assert fineweb.encode_document(text, tokenizer)[1:].tolist() == tokenizer.encode_ordinary(text)
+
+
+def killed(text, tokenizer):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_that_tokenizes_is_one_line(monkeypatch):
+    """--text that hangs forever when memory was short."""
+    monkeypatch.setattr(fineweb, "encode_document", killed)
+    with pytest.raises(UserError, match="was killed"):
+        list(fineweb.encode_all(iter(["a", "b"]), fineweb.get_tokenizer("tiny")))
+
+
+def test_a_new_folder_may_be_an_empty_one(tmp_path):
+    """A mount point, which cannot be replaced: all the work lost at its end."""
+    mount = tmp_path / "mount"
+    (mount / "lost+found").mkdir(parents=True)
+    with fineweb.new_folder(mount) as building:
+        assert building.parent == mount
+        (building / "a").write_text("a")
+    assert {path.name for path in mount.iterdir()} == {"lost+found", "a"}
+    with pytest.raises(UserError, match="not empty"), fineweb.new_folder(mount):
+        pass
+    with contextlib.suppress(KeyError), fineweb.new_folder(tmp_path / "failed"):
+        raise KeyError
+    assert not list(tmp_path.glob("failed*"))
+
+
+def test_damaged_and_missing_shards(server, tmp_path, capsys):
+    """A cut shard that is never downloaded again; shards missing between others, without a word."""
+    for name in ("train_000001", "train_000004", "val_000000"):
+        fineweb.write_shard(tmp_path / f"a_{name}.bin", np.arange(300))
+    fineweb.write_tokens_info(tmp_path, "tiny", "test")
+    train_gpt2.open_data(tmp_path, train_gpt2.PRESETS["tiny"])
+    assert "lacks the training shards 2, 3" in capsys.readouterr().out
+    path = tmp_path / "a_train_000001.bin"
+    assert fineweb.is_whole(path) and not fineweb.is_whole(tmp_path / "nothing")
+    for body in (b"", path.read_bytes()[:-2]):
+        path.write_bytes(body)
+        assert not fineweb.is_whole(path)
+    with pytest.raises(UserError, match="has other text"):
+        fineweb.fetch_fineweb(1_000, tmp_path)
+
+
+def test_two_downloads_of_one_file(server, tmp_path):
+    """Two processes that append to one file; a picture that stays the old one at its address."""
+    pytest.importorskip("fcntl", reason="needs a system with locks")
+    server.files = {"/a": BODY}
+    path = tmp_path / "a"
+    with fineweb.lock(tmp_path / "a.part"), pytest.raises(UserError, match="another process"):
+        fineweb.download(f"{server.address}/a", path)
+    fineweb.download(f"{server.address}/a", path)
+    server.files = {"/a": BODY[::-1]}
+    (tmp_path / "a.part").write_bytes(BODY[:1000])  # of the old one, killed in the middle
+    assert fineweb.download(f"{server.address}/a", path, anew=True).read_bytes() == BODY[::-1]
+    assert list(tmp_path.iterdir()) == [path]
+    server.files = {}
+    with pytest.raises(UserError, match="404"):
+        fineweb.download(f"{server.address}/a", path, anew=True)
+    assert not path.exists()
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    """Training that is refused on a network file system which cannot lock."""
+    fcntl = pytest.importorskip("fcntl", reason="needs a system with locks")
+
+    def flock(handle, how):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with fineweb.lock(tmp_path):
+        assert "cannot be locked" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script, args", [
+    ("train_gpt2.py", ["--export-hf", ""]), ("train_gpt2.py", ["--data", ""]),
+    ("train_gpt2.py", ["--eval", "--ckpt="]), ("caption.py", ["--bridge", "linear", "--out", ""]),
+    ("caption.py", ["--bridge", "linear", "--sample", ""]), ("fineweb.py", ["--out", ""]),
+    ("coco_eval.py", ["--results", "a.json", "--references", ""]), ("hellaswag.py", [""])])
+def test_an_empty_value_is_refused(script, args, tmp_path):
+    """A variable that is not set, taken for "not given": another command than was meant."""
+    assert_error(run(script, *args, cwd=tmp_path), "is empty")
+
+
+def test_our_own_mistakes_can_be_seen(tmp_path):
+    """TRACEBACK=1 that shows no more than the one line."""
+    script = "import fineweb; fineweb.command_line(lambda: open('nothing'))"
+    for more in ({}, {"TRACEBACK": "1"}):
+        process = subprocess.run([sys.executable, "-c", script], cwd=HERE, env=os.environ | more,
+                                 capture_output=True, text=True)
+        assert process.returncode == (1 if more else 2)
+        assert ("Traceback" in process.stderr) == bool(more)
+        assert more or "TRACEBACK=1 shows where" in process.stderr
+
+
 # -----------------------------------------------------------------------------
 # hellaswag.py
 
@@ -722,8 +847,8 @@ def test_a_second_backward_raises():
         loss.backward()
 
 
-def test_the_compiled_head_stores_no_fp32_logits():
-    """The head as it is compiled on CUDA: other values, or fp32 buffers of the size (rows, V)."""
+def test_the_compiled_head_stores_no_second_logits():
+    """The head as it is compiled on CUDA: other values, or another buffer of the size (rows, V)."""
     from torch._inductor.utils import run_and_get_code
 
     torch.manual_seed(0)
@@ -743,7 +868,7 @@ def test_the_compiled_head_stores_no_fp32_logits():
     assert torch.allclose(logits[counts].float(), plain[counts].float(), atol=1e-2)
     assert not logits[:, 500:].any()
     for code in codes:
-        assert f"({rows}, {V}), ({V}, 1), torch.float32" not in code
+        assert not re.search(rf"buf\d+ = empty\w+\(\({rows}, {V}\)", code)
 
 
 def test_a_compiled_model_trains_as_the_plain_one(monkeypatch, fp32):
@@ -1264,7 +1389,7 @@ def test_endings_have_their_losses_compiled_too(monkeypatch):
     assert 0 < graphs < len(set(shapes)) / 2
 
 
-def test_accuracies_are_those_of_the_losses(capsys):
+def test_accuracies_are_those_of_the_losses(capsys, precision):
     """Both HellaSwag metrics: what they divide by."""
     tokenizer = fineweb.get_tokenizer("tiny")
     examples = made_items(40)
@@ -1645,7 +1770,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
-def test_sampling_from_the_command_line(whole):
+def test_sampling_from_the_command_line(whole, precision):
     """--sample with odd prompts; a run's folder as --ckpt; validation data that is not there."""
     folder, _ = whole
     for prompt in ("Ünïcode 日本語 🎈", "a red circle " * 100):
@@ -1713,6 +1838,254 @@ def test_the_124m_trains_on_real_text(tmp_path):
     model = small_model(config=train_gpt2.PRESETS["gpt2"])
     losses = [loss for loss, _ in itertools.islice(text_steps(model, recipe, train_set), 2)]
     assert losses[0] == pytest.approx(math.log(50257), abs=0.3) and losses[1] < losses[0] - 0.3
+
+
+def small_export(folder, **changes):
+    """A GPT-2 of GPT-2's vocabulary in transformers' layout, with changes to its config.json."""
+    model = small_model(config=GPTConfig(32, 50304, 1, 2, 32, init_std=0.3, vocab_padding=47))
+    train_gpt2.export_hf(model, fineweb.get_tokenizer("gpt2"), folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return model
+
+
+@torch.no_grad()
+def test_centered_tokens_change_no_probability():
+    """Logits near -100, which bf16 rounds to steps of .5: other words than in fp32."""
+    config = GPTConfig(32, 512, 2, 4, 64, init_std=0.3, vocab_padding=5)
+    idx = torch.randint(0, 507, (4, 32))
+    exact = small_model(config=config)(idx)[0].log_softmax(-1)
+    errors = {}
+    for offset in (0, -100):
+        for centered in (False, True):
+            model = small_model(config=config)
+            h = model.hidden_states(model.embed(idx)).flatten(0, 1)
+            mean = h.mean(0)
+            shift = offset * mean / (mean @ mean)  # lowers the logits of a mean state by `offset`
+            model.wte.weight += shift
+            model.wpe.weight -= shift  # as OpenAI's: the embeddings are what they were
+            if centered:
+                train_gpt2.center_tokens(model)
+            assert torch.allclose(model(idx)[0].log_softmax(-1), exact, atol=2e-4)
+            model.wte.bfloat16()
+            h = model.hidden_states(model.embed(idx).float()).bfloat16()
+            log_p = model.logits(h).float().log_softmax(-1)
+            errors[offset, centered] = (log_p - exact).abs().mean().item()
+    assert errors[-100, False] > 2 * errors[0, False]
+    assert errors[-100, True] < 1.1 * errors[0, False]
+
+
+def test_a_missing_compiler_is_told_and_missing_memory_is_not_one(monkeypatch, capsys):
+    """A machine without Python.h that trains slowly without a reason; an error taken for that."""
+    def fail(error):
+        def compile(function):
+            raise error
+        monkeypatch.setattr(torch, "compile", compile)
+        return train_gpt2.can_compile.__wrapped__()
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(train_gpt2, "pick_device", lambda: CPU)
+    assert not fail(RuntimeError("backend='inductor' raised:\nno Python.h\nmuch more"))
+    out = capsys.readouterr().out
+    assert "no Python.h" in out and "much more" not in out
+    with pytest.raises(torch.OutOfMemoryError):
+        fail(torch.OutOfMemoryError("CUDA out of memory"))
+
+
+def test_memory_that_is_short_has_advice_that_helps(tmp_path, monkeypatch):
+    """--micro-batch 1 as advice when it is 1 already; HellaSwag that stops a run."""
+    for batch, words in ((8, "--micro-batch 4"), (1, "a smaller model")):
+        recipe = dataclasses.replace(train_gpt2.RECIPES["tiny"], micro_batch=batch)
+        with pytest.raises(UserError, match=words):
+            with train_gpt2.Run(tmp_path, {}, recipe, "tokens"):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+    tokenizer = fineweb.get_tokenizer("tiny")
+    model = small_model(config=GPTConfig(40, 448, 2, 2, 32, init_std=0.3, vocab_padding=17))
+    items = [hellaswag.render(example, tokenizer) for example in made_items(20)]
+    expected = train_gpt2.ending_losses(model, items, CPU)
+    loss = GPT.loss
+
+    def short(model, h, *args):
+        if len(h) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss(model, h, *args)
+
+    monkeypatch.setattr(GPT, "loss", short)
+    np.testing.assert_allclose(train_gpt2.ending_losses(model, items, CPU), expected, rtol=1e-5)
+
+
+@real_data
+@torch.no_grad()
+def test_an_export_works_alone_in_transformers(tmp_path):
+    """--export-hf without a tokenizer; a vocabulary of its own that is read as GPT-2's."""
+    transformers = pytest.importorskip("transformers")
+    model = small_export(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "Once upon a time, naïve 日本"
+    ours = fineweb.get_tokenizer("gpt2").encode_ordinary(text)
+    assert tokenizer(text)["input_ids"] == ours and tokenizer.eos_token_id == 50256
+    pipe = transformers.pipeline("text-generation", str(tmp_path))
+    out = pipe("Once upon", max_new_tokens=4, do_sample=False)[0]["generated_text"]
+    idx = torch.tensor([fineweb.get_tokenizer("gpt2").encode_ordinary("Once upon")])
+    expected = generate(model, idx, 4, temperature=0)[0].tolist()
+    assert out == fineweb.get_tokenizer("gpt2").decode(expected)
+    again, _, _ = train_gpt2.load_model(tmp_path)
+    assert again.config.vocab_size == 50_304 and again.config.n_vocab == 50_257  # aligned
+    words = json.loads((tmp_path / "vocab.json").read_text())
+    for name, content in (("vocab.json", words), ("tokenizer.json", {"model": {"vocab": words}})):
+        (tmp_path / name).write_text(json.dumps(content))
+        train_gpt2.load_model(tmp_path)
+    (tmp_path / "vocab.json").write_text(json.dumps(words | {"Ġthe": 7}))
+    with pytest.raises(UserError, match="is not GPT-2's vocabulary"):
+        train_gpt2.load_model(tmp_path)
+
+
+@real_data
+@pytest.mark.parametrize("changes, words", [
+    ({"tokenizer": "GPT2"}, "tokenizer is 'GPT2'"), ({"tokenizer": None}, "tokenizer is None"),
+    ({"tokenizer": "bert-base"}, "bert-base"), ({"n_head": 0}, "0 heads"),
+    ({"n_head": -4}, "-4 heads"), ({"n_head": "2"}, "2 heads")])
+def test_a_configuration_that_cannot_be_right_is_one_line(changes, words, tmp_path):
+    """A tokenizer that is not known, no heads: a traceback, or another model."""
+    small_export(tmp_path, **changes)
+    with pytest.raises(UserError, match=words):
+        train_gpt2.load_model(tmp_path)
+
+
+@real_data
+def test_fewer_rows_than_tokens_are_refused(tmp_path):
+    """A vocabulary of 32,000 that is decoded with GPT-2's."""
+    model = small_model(config=GPTConfig(32, 32_000, 1, 2, 32))
+    train_gpt2.export_hf(model, fineweb.get_tokenizer("gpt2"), tmp_path)
+    with pytest.raises(UserError, match="32,000 tokens"):
+        train_gpt2.load_model(tmp_path)
+
+
+def test_what_is_on_disk_comes_first_and_is_told(whole, tiny):
+    """OpenAI's model in place of a run named gpt2; a run and its export with two losses."""
+    folder, _ = whole
+    (folder / "runs").mkdir(exist_ok=True)
+    for name in ("gpt2", "tiny"):
+        shutil.copytree(folder / "run", folder / "runs" / name, dirs_exist_ok=True)
+    os.utime(folder / "runs/gpt2/ckpt.pt", (1, 1))
+    process = run("train_gpt2.py", "--export-hf", "gpt2", cwd=folder)  # the newest, not the last
+    assert "model      runs/tiny/ckpt.pt" in process.stdout, process.stderr
+    losses = []
+    for ckpt in ("runs/tiny", "gpt2"):
+        process = run("train_gpt2.py", "--eval", "--ckpt", ckpt, "--data", tiny, cwd=folder)
+        losses.append(process.stdout.split(":\n")[1])
+        assert process.returncode == 0 and "tokens" in losses[-1], process.stderr
+    assert losses[0] == losses[1]
+    (folder / "empty").mkdir(exist_ok=True)
+    process = run("train_gpt2.py", "--sample", "x", "--ckpt", "empty", cwd=folder)
+    assert_error(process, "neither ckpt.pt", "train first")
+    assert_error(run("train_gpt2.py", "--eval", "--ckpt", "gpt2", "--data", "x", cwd=folder), "x")
+
+
+def test_other_peoples_files_stay(tiny, whole, tmp_path):
+    """A folder with something else, into which a run is written; files of others deleted in it."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/notes.txt").write_text("mine")
+    assert_error(train(tiny, tmp_path), "has files, but no run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+    shutil.copytree(whole[0] / "run", tmp_path / "run", dirs_exist_ok=True)
+    for name in ("scores_mine.json", ".mine.tmp"):
+        (tmp_path / "run" / name).write_text("mine")
+    assert train(tiny, tmp_path, "--restart").returncode == 0
+    for name in ("notes.txt", "scores_mine.json", ".mine.tmp"):
+        assert (tmp_path / "run" / name).read_text() == "mine"
+    checkpoint = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)
+    checkpoint["run"]["bridge"] = "linear"
+    torch.save(checkpoint, tmp_path / "run/ckpt.pt")
+    assert_error(train(tiny, tmp_path, "--restart"), "another kind of run")
+    (tmp_path / "run/ckpt.pt").write_bytes(b"torn")  # which --restart is for
+    assert train(tiny, tmp_path, "--restart").returncode == 0
+
+
+def test_a_restart_that_is_killed_has_forgotten(tiny, whole, tmp_path):
+    """--restart, killed before its first checkpoint, after which the old run goes on."""
+    shutil.copytree(whole[0] / "run", tmp_path / "run")
+    flags = [*RUN_FLAGS, "--data", tiny, "--restart"]
+    interrupt(start("train_gpt2.py", *flags, cwd=tmp_path), 1, signal.SIGKILL)
+    assert not (tmp_path / "run/ckpt.pt").exists()
+    process = train(tiny, tmp_path)
+    assert "are done" not in process.stdout
+    assert_same_outcome(whole[0] / "run", tmp_path / "run")
+    process = train(tiny, tmp_path, "--lr", 0.5)  # a finished run is not what was asked for
+    assert_error(process, "another recipe", "--restart")
+
+
+def test_a_stop_in_an_evaluation_step_leaves_no_hole(tiny, whole, tmp_path, monkeypatch):
+    """A validation, and a row of the log, that a run lacks because it was stopped there."""
+    requested = train_gpt2.Run.stop_requested
+    monkeypatch.setattr(train_gpt2.Run, "stop_requested", lambda run: run.step == 20)
+    process = train(tiny, tmp_path)
+    assert "stopped after step 20" in process.stdout
+    monkeypatch.setattr(train_gpt2.Run, "stop_requested", requested)
+    assert train(tiny, tmp_path).returncode == 0
+    expected, log = (outcome(f / "run")[1] for f in (whole[0], tmp_path))
+    assert_same_outcome(whole[0] / "run", tmp_path / "run")
+    assert log == expected
+
+
+PIPED = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[2:], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+for line in process.stdout:
+    if line.startswith(b"step     10"):
+        process.stdout.close()  # as `tee` that Ctrl-C has ended
+        if sys.argv[1] != "0":
+            process.send_signal(int(sys.argv[1]))
+        break
+sys.exit(process.wait() % 256)
+"""
+
+
+@pytest.mark.parametrize("number", [0, signal.SIGINT])
+def test_a_run_without_a_reader_is_saved(tiny, whole, tmp_path, number):
+    """`| tee log` and Ctrl-C, `| head -6`: a run that ends unsaved, with exit code 0."""
+    command = [sys.executable, "-u", HERE / "train_gpt2.py", *RUN_FLAGS, "--data", tiny]
+    code = subprocess.run([sys.executable, "-c", PIPED, str(int(number)), *map(str, command)],
+                          cwd=tmp_path, timeout=90).returncode
+    checkpoint = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)
+    assert (code, checkpoint["finished"]) == ((130, False) if number else (0, True))
+    assert number or outcome(tmp_path / "run")[1] == outcome(whole[0] / "run")[1]
+
+
+def test_a_run_whose_terminal_is_closed_is_saved(tiny, tmp_path):
+    """A closed terminal: no checkpoint, and a traceback that nobody sees."""
+    pty = pytest.importorskip("pty", reason="needs a system with terminals")
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(tmp_path)
+        os.execv(sys.executable, list(map(str, [sys.executable, "-u", HERE / "train_gpt2.py",
+                                                *RUN_FLAGS, "--data", tiny])))
+    output = b""
+    while b"step     10" not in output:
+        output += os.read(terminal, 1000)
+    os.close(terminal)  # which sends SIGHUP
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    assert 10 <= torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["step"] < 40
+
+
+def test_closed_standard_streams(tmp_path):
+    """A traceback when there is no standard output or error at all."""
+    command = f"{sys.executable} {HERE / 'train_gpt2.py'} --sample x --ckpt nothing.pt"
+    for closed in (">&-", "2>&-", ">&- 2>&-"):
+        process = subprocess.run(["sh", "-c", f"{command} {closed}"], cwd=tmp_path,
+                                 capture_output=True, text=True)
+        assert process.returncode == 2 and "Traceback" not in process.stderr
+
+
+def test_torchrun_ends_without_a_noise(whole, tiny):
+    """Ranks that leave while others work: an abort after right results."""
+    folder, _ = whole
+    for _ in range(2):
+        process = torchrun("train_gpt2.py", "--eval", "--ckpt", "run", "--data", tiny, cwd=folder)
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == 0 and "terminate" not in errors, errors
+        assert output.count("nats per token") == 2
 
 
 # -----------------------------------------------------------------------------
@@ -2625,6 +2998,56 @@ def test_odd_pictures_are_read_or_refused_by_name():
     assert len(np.unique(ramp)) > 30  # clipping would leave white
 
 
+def test_pictures_with_odd_numbers(tmp_path):
+    """A NaN that makes a picture black; signed values; transparent 16-bit gray; a long strip."""
+    ramp = np.linspace(0, 1, 64, dtype=np.float32).reshape(1, 64).repeat(4, 0)
+    broken = ramp.copy()
+    broken[0, 0] = np.nan
+    broken[1, 0] = np.inf
+    signed = (ramp * 2 - 1) * 30_000
+    deep = (ramp * 65535).astype(np.uint16)
+    Image.fromarray(broken).save(tmp_path / "broken.tif")
+    Image.fromarray(signed).save(tmp_path / "float.tif")
+    Image.fromarray(signed.astype(np.int32)).save(tmp_path / "int.tif")
+    Image.fromarray(deep).save(tmp_path / "clear.png", transparency=0)
+    image = {path.stem: np.asarray(coco_eval.load_image(path)) for path in tmp_path.iterdir()}
+    for name in ("broken", "float", "int"):
+        assert image[name][:, :, 0].mean() == pytest.approx(127, abs=2), name
+    assert (image["clear"][:, 0] == 255).all() and image["clear"][0, 1, 0] < 10
+    Image.new("L", (1, 1_000_000)).save(tmp_path / "strip.png")
+    with pytest.raises(UserError, match="1 x 1000000 pixels"):
+        coco_eval.load_image(tmp_path / "strip.png")
+
+
+def test_two_pictures_with_one_id_are_refused(tmp_path):
+    """References of two pictures that are pooled because they share an id."""
+    images = [{"id": 5, "file_name": "a.png"}, {"id": "5", "file_name": "b.png"}]
+    content = {"images": images, "annotations": [{"image_id": 5, "caption": "a"}]}
+    path = write_json(tmp_path / "references.json", content)
+    with pytest.raises(UserError, match="picture 5 2 times"):
+        coco_eval.read_references(path)
+
+
+def test_scenes_of_other_programs_are_none(tmp_path):
+    """A "toy_scene" that means something else, and a traceback in the facts."""
+    scene = fineweb.random_scene(random.Random(0))
+    assert coco_eval.toy_scene({"toy_scene": scene}) == scene
+    thing = scene["objects"][0]
+    for other in (None, 3, [], {}, {"objects": 7}, {"objects": [{}]}, {"objects": [[1]]},
+                  {"objects": [thing | {"color": "black"}]}, {"objects": [thing | {"row": 9}]},
+                  {"objects": [thing | {"size": 3}]}):
+        assert coco_eval.toy_scene({"toy_scene": other}) is None, other
+
+
+@pytest.mark.parametrize("text, words", [
+    ("wow!!!! what??", "wow !!!! what ??"), ("a <b> bold </b> word", "a <b> bold </b> word"),
+    ("see http://a.b/c?d=1 now", "see http://a.b/c?d=1 now"), ("x.com", "x.com"),
+    ("mail me@x.org", "mail me@x.org"), ("plan b. is u.s. made", "plan b. is u.s. made")])
+def test_tokens_that_are_rare(text, words):
+    """Runs of marks, tags, addresses: what the Stanford tokenizer makes of them."""
+    assert coco_eval.tokenize(text) == words.split()
+
+
 # -----------------------------------------------------------------------------
 # caption.py
 
@@ -2673,7 +3096,7 @@ def plain_caption_loss(model, vision, tokens):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", caption.BRIDGES)
-def test_packed_captions_have_the_losses_of_separate_ones(name):
+def test_packed_captions_have_the_losses_of_separate_ones(name, precision):
     """The layout of captions after a prefix: first token, end token, what each attends to."""
     model = small_captioner(name)
     pictures = some_pictures(4)
@@ -2696,7 +3119,7 @@ def test_packed_captions_have_the_losses_of_separate_ones(name):
 
 
 @pytest.mark.parametrize("name", caption.BRIDGES)
-def test_only_the_bridge_learns(name):
+def test_only_the_bridge_learns(name, precision):
     """A decoder that changes, or a part of the bridge that does not."""
     model = small_captioner(name)
     recipe = Recipe(4, 4, 2, lr=1e-2, warmup_steps=1)
@@ -2824,7 +3247,7 @@ def test_self_critical_gradient_equals_the_exact_one():
     assert max(g.abs().max() for g in exact) > 1e-4
 
 
-def test_samples_have_the_rewards_of_their_own_picture():
+def test_samples_have_the_rewards_of_their_own_picture(precision):
     """A sample that is scored for another picture, or packed behind it."""
     tokenizer = fineweb.get_tokenizer("tiny")
     model = caption.build("linear", 5, 12, small_model(config=train_gpt2.PRESETS["tiny"]))
@@ -3030,7 +3453,8 @@ def test_batches_for_clip_have_hard_negatives():
     assert not np.array_equal(epoch[0], caption.similar_pictures(colors, 3, 12, 64))
 
 
-def test_vision_tokens_are_computed_once_and_gone_on_with(toy_clip, shapes, tmp_path, monkeypatch):
+def test_vision_tokens_are_computed_once_and_gone_on_with(
+        toy_clip, shapes, tmp_path, monkeypatch, precision):
     """Vision tokens of another picture or CLIP; work that is done twice."""
     monkeypatch.chdir(tmp_path)
     encoder = caption.load_clip(toy_clip)
@@ -3241,7 +3665,7 @@ def test_a_bridge_of_another_version_is_one_line(captions_run):
     assert_error(process, "ckpt.pt is not of this version", "--restart")
 
 
-def test_one_set_of_pictures_trains_and_scores(captions_run, shapes, tmp_path):
+def test_one_set_of_pictures_trains_and_scores(captions_run, shapes, tmp_path, precision):
     """COCO's validation pictures alone: one in both splits, scores that pass for val2017's."""
     shutil.copytree(shapes / "val", tmp_path / "coco/val2017")
     (tmp_path / "coco/annotations").mkdir()
@@ -3259,7 +3683,7 @@ def test_one_set_of_pictures_trains_and_scores(captions_run, shapes, tmp_path):
     assert len(train) == 90 and not train & set(results)
 
 
-def test_sampling_pictures(captions_run, shapes, tmp_path):
+def test_sampling_pictures(captions_run, shapes, tmp_path, precision):
     """--sample: files of several kinds, a broken one, --grid, --num, another decoder."""
     flags, folder, _ = captions_run
     own = tmp_path / "my pictures"
@@ -3305,6 +3729,295 @@ def test_mistakes_in_captioning_are_one_line(args, words, tmp_path, whole, toy_c
     process = run("caption.py", *(given.get(arg, arg) for arg in args), cwd=tmp_path)
     assert_error(process, *words)
     assert not (tmp_path / "runs").exists()
+
+
+@torch.no_grad()
+def test_captions_may_be_as_long_as_in_training():
+    """Captions that end after 30 tokens, greedy, sampled and by beam search."""
+    model = small_captioner("linear", config=dataclasses.replace(WIDE, block_size=64))
+    model.eot = -1  # never drawn
+    vision = torch.randn(1, 5, 12)
+    assert model.room == 59
+    assert model.generate(vision).size(1) == caption.beam_search(model, vision, 2).size(1) == 59
+    vision = torch.randn(2, 5, 12)
+    assert {len(row) for rows in caption.draw_samples(model, vision, None) for row in rows} == {59}
+
+
+def test_what_vision_tokens_depend_on_is_their_identity(toy_clip, shapes, tmp_path, monkeypatch):
+    """The same weights with another activation, preprocessing or precision, taken for the same."""
+    digests = set()
+    checkpoint = train_gpt2.read_checkpoint(toy_clip, holds="clip")
+    for activation in (True, False):
+        path = tmp_path / f"{activation}.pt"
+        train_gpt2.save_checkpoint(path, checkpoint | {
+            "clip": checkpoint["clip"] | {"quick_gelu": activation}})
+        digests.add(caption.load_clip(path).digest)
+    cfg = {"size": 64, "mean": (0.5, 0.5, 0.5)}
+    monkeypatch.setattr(open_clip, "get_model_preprocess_cfg", lambda model: cfg)
+    digests.add(caption.load_clip(tmp_path / "True.pt").digest)
+    assert len(digests) == 3
+    monkeypatch.chdir(tmp_path)
+    pictures = coco_eval.read_dataset(shapes, "train")[:3]
+    for precision in (False, True, True):
+        monkeypatch.setattr(train_gpt2, "uses_bf16", lambda device, p=precision: p)
+        caption.cached_features(caption.load_clip(toy_clip), pictures, "x")
+    assert len(list(Path("data/features").glob("*.bin"))) == 2
+
+
+def test_vision_tokens_that_are_cut_are_made_again(toy_clip, shapes, tmp_path, monkeypatch, capsys):
+    """A cut file of vision tokens; a picture that could not be read once, left out for ever."""
+    monkeypatch.chdir(tmp_path)
+    encoder = caption.load_clip(toy_clip)
+    pictures = coco_eval.read_dataset(shapes, "train")[:9]
+    pictures = [picture | {"path": shutil.copy(picture["path"], tmp_path)} for picture in pictures]
+    pictures[4]["path"] = tmp_path / ("x" * 300 + ".png")  # no such name can be
+    pictures[5]["id"] = "\ud800"
+    load_image = coco_eval.load_image
+
+    def unreadable(path):
+        if Path(path).name == Path(pictures[2]["path"]).name:
+            raise UserError("permission denied", "check it")
+        return load_image(path)
+
+    monkeypatch.setattr(coco_eval, "load_image", unreadable)
+    first, left_out = caption.cached_features(encoder, pictures, "x")
+    assert left_out == [2, 4]
+    monkeypatch.setattr(coco_eval, "load_image", load_image)
+    tokenizer = fineweb.get_tokenizer("tiny")
+    data = tmp_path / "x"
+    setup = types.SimpleNamespace(encoder=encoder, data=data, tokenizer=tokenizer)
+    monkeypatch.setattr(coco_eval, "read_dataset", lambda *args: pictures)
+    train_set = caption.load_pictures(setup, "train")  # now it can be read
+    assert train_set.rows.tolist() == [0, 1, 2, 3, 5, 6, 7, 8]
+    assert not np.isnan(train_set.vision()).any()
+    assert "1 of 9 pictures (train) cannot be read" in capsys.readouterr().out
+    path = next(Path("data/features").glob("x-*.bin"))
+    whole = path.read_bytes()
+    for body in (b"", whole[:-100]):
+        path.write_bytes(body)
+        caption.cached_features(encoder, pictures, "x")
+        assert path.read_bytes() == whole
+
+
+def test_a_bridge_knows_its_parts(captions_run, shapes, tmp_path):
+    """An export that needs the flags with which it was trained, or takes others without a word."""
+    flags, folder, _ = captions_run
+    out = folder / "runs/shapes-cross"
+    shutil.copy(shapes / "val/000001.png", tmp_path / "a.png")
+    run("caption.py", "--bridge", "cross", "--out", out, "--export", tmp_path / "b", cwd=folder)
+    process = run("caption.py", "--ckpt", "b.safetensors", "--sample", "a.png", cwd=tmp_path)
+    assert process.returncode == 0 and "a.png: " in process.stdout, process.stderr
+    for flag, value in (("--clip", "ViT-L-14/openai"), ("--lm", "gpt2"), ("--bridge", "linear")):
+        process = run("caption.py", "--ckpt", "b.safetensors", "--sample", "a.png", flag, value,
+                      cwd=tmp_path)
+        assert_error(process, f"was trained with {flag}", f"not {value}")
+    process = run("caption.py", *flags[:2], "--bridge", "cross", "--eval", cwd=folder)
+    assert process.returncode == 0 and "METEOR" in process.stdout, process.stderr  # a run, too
+    with open(tmp_path / "b.safetensors", "rb") as file:
+        body = file.read()
+    for old, new in ((b'\\"S\\": 33', b'\\"S\\": -3'), (b'\\"seed\\"', b'\\"sead\\"')):
+        assert old in body
+        (tmp_path / "c.safetensors").write_bytes(body.replace(old, new))
+        process = run("caption.py", "--ckpt", "c.safetensors", "--sample", "a.png", cwd=tmp_path)
+        assert_error(process, "c.safetensors")
+
+
+def test_many_pictures_in_order_and_what_must_not_be_overwritten(captions_run, shapes, tmp_path):
+    """Pictures of a folder that lose their order or their captions; a photograph replaced."""
+    flags, folder, _ = captions_run
+    own = tmp_path / "own"
+    shutil.copytree(shapes / "val", own)
+    (own / "000000.png").symlink_to("nothing")  # a broken link that sorts first
+    (own / "000050.png").write_bytes(b"no picture")
+    command = ["--ckpt", folder / "runs/shapes-cross/best.pt", "--sample"]
+    process = run("caption.py", *command, own, "--results", "out.json", cwd=tmp_path)
+    assert process.returncode == 0 and process.stderr.count("error:") == 2, process.stderr
+    results = json.loads((tmp_path / "out.json").read_text())
+    names = [Path(entry["image_id"]).name for entry in results]
+    assert names == [f"{i:06d}.png" for i in range(1, 101) if i != 50]
+    one = run("caption.py", *command, own / "000077.png", cwd=tmp_path).stdout.split("77.png: ")[1]
+    assert one.strip() == results[75]["caption"]
+    photo = own / "000001.png"
+    body = photo.read_bytes()
+    for flag, file in (("--grid", photo), ("--grid", "."), ("--results", own)):
+        process = run("caption.py", *command, photo, flag, file, cwd=tmp_path)
+        assert_error(process, "cannot be written to")
+    assert photo.read_bytes() == body
+    process = run("caption.py", *flags[:8], "--export", "own/", cwd=folder)
+    assert_error(process, "own/ is a folder")
+    process = run("caption.py", *flags[:8], "--out", ".", cwd=folder)
+    assert_error(process, "has files, but no run")
+    process = run("caption.py", *flags, "--sample", photo, "--lr", 0.5, cwd=folder)
+    assert_error(process, "another recipe", "--restart")
+
+
+def test_a_stop_in_an_evaluation_step_of_a_bridge(captions_run, tmp_path, monkeypatch):
+    """A candidate for best.pt that is lost because the run was stopped there."""
+    flags, folder, _ = captions_run
+    requested = train_gpt2.Run.stop_requested
+    monkeypatch.setattr(train_gpt2.Run, "stop_requested", lambda run: run.step == 15)
+    process = run("caption.py", *flags, cwd=tmp_path)
+    assert "stopped after step 15" in process.stdout, process.stderr
+    monkeypatch.setattr(train_gpt2.Run, "stop_requested", requested)
+    assert run("caption.py", *flags, cwd=tmp_path).returncode == 0
+    out = "runs/shapes-cross"
+    assert_same_outcome(folder / out, tmp_path / out)
+    one, other = (torch.load(f / out / "best.pt", weights_only=True) for f in (folder, tmp_path))
+    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+
+
+def test_an_address_gives_the_picture_of_today(captions_run, shapes, server, tmp_path):
+    """The caption of the picture that was at an address before."""
+    command = ["--ckpt", captions_run[1] / "runs/shapes-cross/best.pt", "--sample"]
+    captions = []
+    for name in ("000001.png", "000002.png"):
+        server.files = {"/a.png": (shapes / "val" / name).read_bytes()}
+        process = run("caption.py", *command, f"{server.address}/a.png", cwd=tmp_path)
+        captions.append(process.stdout.split(".png: ")[1].strip())
+        alone = run("caption.py", *command, shapes / "val" / name, cwd=tmp_path)
+        assert captions[-1] == alone.stdout.split(".png: ")[1].strip()
+    server.files = {"/a.png": b"<html>"}
+    process = run("caption.py", *command, f"{server.address}/a.png", cwd=tmp_path)
+    assert_error(process, "cannot be read as a picture")
+
+
+# -----------------------------------------------------------------------------
+# train_gpt2.py and caption.py on a GPU that is not there
+
+
+@contextlib.contextmanager
+def fake_cuda(monkeypatch, learns=()):
+    """CUDA tensors that have shape, type and device, but no content; `learns`: to be trained.
+
+    Operations on tensors of two devices, or of shapes or types that do not go together, raise as
+    they would on a GPU. The backward pass needs one, so its gradients are made up.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def to(module, function, recurse=True):
+        for part in module.modules():
+            for tensors in (part._parameters, part._buffers):
+                for name, t in tensors.items():
+                    if t is not None:
+                        new = function(t.data)
+                        is_parameter = isinstance(t, nn.Parameter)
+                        tensors[name] = nn.Parameter(new, t.requires_grad) if is_parameter else new
+        return module
+
+    def backward(loss, **options):
+        for module in learns:
+            for p in module.parameters():
+                p.grad = torch.empty_like(p) if p.requires_grad else None
+
+    def content(t):
+        return np.ones(tuple(t.shape), int)
+
+    device = torch.device("cuda", 0)
+    for module in (train_gpt2, caption):
+        monkeypatch.setattr(module, "pick_device", lambda: device)
+    monkeypatch.setattr(train_gpt2, "uses_bf16", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **options: True)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(nn.Module, "_apply", to)
+    values = {"backward": backward, "item": lambda t: 1.0, "numpy": content,
+              "tolist": lambda t: content(t).tolist(), "any": lambda t: True,
+              "all": lambda t: False}
+    for name, value in values.items():
+        monkeypatch.setattr(torch.Tensor, name, value)
+    with FakeTensorMode():
+        yield device
+
+
+FAKE = GPTConfig(64, 448, 2, 2, 32, vocab_padding=17)
+
+
+@pytest.mark.parametrize("muon", [0, 5])
+def test_training_and_evaluation_on_a_fake_gpu(muon, monkeypatch):
+    """A tensor on the CPU among those of a GPU: training, evaluation, sampling, packed losses."""
+    learns = []
+    with fake_cuda(monkeypatch, learns) as device:
+        model = GPT(FAKE).to(device)
+        learns.append(model)
+        recipe = Recipe(3, 128, 2, 1e-3, 1, muon=muon)
+        optimizer = train_gpt2.configure_optimizer(model, recipe)
+        x = torch.zeros(2, 64, dtype=torch.long)
+        for _ in range(2):
+            batches = [(x, x, 0.5), (x, x, 0.5)]
+            train_gpt2.train_step(model, optimizer, batches, recipe, device)
+        with torch.no_grad(), train_gpt2.autocast(device):
+            assert model(x.to(device), x.to(device))[1].device == device
+        item = hellaswag.Item([1] * 9, [[2] * 3, [3] * 4, [4] * 5, [5] * 6], [3, 4, 5, 6], 0)
+        monkeypatch.setattr(train_gpt2, "pack", functools.partial(cpu_pack, train_gpt2.pack))
+        with train_gpt2.autocast(device):
+            train_gpt2.ending_losses(model, [item] * 3, device)
+        train_gpt2.freeze(model, device)
+        idx = torch.zeros(3, 5, dtype=torch.long, device=device)
+        with train_gpt2.autocast(device):  # beyond the context
+            assert generate(model, idx, 70, top_k=5, top_p=0.9).shape == (3, 75)
+
+
+def cpu_pack(pack, *args):
+    """pack(), whose tensors begin as lists: they are made with content, then faked."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily():
+        packed = pack(*args)
+    fields = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in vars(packed).items()}
+    return train_gpt2.Packed(**fields)
+
+
+@pytest.mark.parametrize("name", caption.BRIDGES)
+def test_bridges_on_a_fake_gpu(name, monkeypatch):
+    """The same of captions: training, self-critical weights, greedy, sampled, by beam search."""
+    learns = []
+    with fake_cuda(monkeypatch, learns) as device:
+        decoder = train_gpt2.freeze(GPT(FAKE), device)
+        model = caption.build(name, 33, 96, decoder).to(device)
+        learns.append(model.bridge)
+        recipe = Recipe(3, 2, 2, 1e-3, 1)
+        optimizer = train_gpt2.configure_optimizer(model.bridge, recipe)
+        monkeypatch.setattr(train_gpt2, "pack", functools.partial(cpu_pack, train_gpt2.pack))
+        packed = model.pack([[[1, 2, 430], [3, 430]]] * 2)
+        vision = torch.empty(2, 33, 96)
+        for weights in ((), (torch.empty(2, 2),)):
+            batch = (vision, packed, *weights, 1.0)
+            train_gpt2.train_step(model, optimizer, [batch], recipe, device)
+        vision = vision.to(device)
+        with train_gpt2.autocast(device):
+            for options in ({}, {"temperature": 1.0}):
+                assert model.generate(vision, 4, **options).shape == (2, 4)
+            assert caption.beam_search(model, vision, 3, 4).shape == (2, 4)
+
+
+@pytest.mark.parametrize("shape", ["toy", "ViT-L-14"])
+def test_the_image_encoder_on_a_fake_gpu(shape, monkeypatch):
+    """The same of CLIP, the toy one and ViT-L/14."""
+    with fake_cuda(monkeypatch) as device:
+        if shape == "toy":
+            clip = open_clip.CLIP(**caption.TOY_CLIP)
+        else:
+            clip = open_clip.create_model(shape, force_quick_gelu=True)
+        encoder = caption.ImageEncoder(clip.visual, None, "x")
+        size = 64 if shape == "toy" else 224
+        tokens = caption.pool_tokens(encoder(torch.empty(2, 3, size, size)))
+        assert tokens.device == device and tokens.shape[:2] == (2, 33)
+
+
+def test_attention_of_many_shapes_does_without_cudnn(monkeypatch):
+    """cuDNN, which plans each new shape for .4 s, where shapes change with every token."""
+    enabled = []
+
+    def attend(q, k, v, **options):
+        enabled.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return q
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    with fake_cuda(monkeypatch) as device:
+        q = torch.empty(1, 2, 8, 16, device=device)
+        train_gpt2.attention(q, q, q, is_causal=True)  # training: one shape, any backend
+        train_gpt2.attention(q, q, q, mask=torch.ones(8, 8, dtype=torch.bool, device=device))
+        train_gpt2.attention(q[:, :, :1], q, q)
+    assert enabled == [True, False, False]
 
 
 if __name__ == "__main__":

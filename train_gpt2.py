@@ -1439,6 +1439,8 @@ class Run:
                 old = [*self.out.glob(f".{name}.*.tmp")]  # of a kill in the middle of writing
                 for path in (*old, self.out / name) if self.restart else old:
                     path.unlink(missing_ok=True)
+            with open(self.out / "log.csv", "a") as file:  # tells that this is the folder of a run
+                file.write("" if file.tell() else "step\n")
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
             if number and signal.getsignal(number) != signal.SIG_IGN:
@@ -1561,7 +1563,7 @@ class Run:
 def refuse_other_files(folder):
     """UserError for a folder in which something else lies than a run, or nothing."""
     names = {path.name for path in Path(folder).glob("[!.]*")}
-    if names - {"log.csv"} and "ckpt.pt" not in names:
+    if names and not names & {"ckpt.pt", "log.csv"}:
         raise UserError(f"{folder} has files, but no run", "choose another --out")
 
 
