@@ -55,8 +55,8 @@ from train_gpt2 import MLP, KVCache, Recipe, Run, attention, autocast, get_lr, p
 # CLIP (Radford et al. 2021) is two encoders, of pictures and of texts, that were trained on 400 M
 # pictures from the web with their captions. In a batch of them each picture has to find its own
 # caption among all, and each caption its picture (the contrastive loss). So the image encoder knows
-# what people say of a picture, but cannot say it. GPT-2 can talk, but sees nothing. A bridge, of
-# 1 to 30 % of their size, turns what the one sees into something that the other can read.
+# what people say of a picture, but cannot say it. GPT-2, the decoder, can talk, but sees nothing. A
+# bridge, small beside both, turns what the one sees into something that the other can read.
 #
 # Both stay frozen: they know more than COCO could teach them, nothing of it is forgotten, and a
 # picture has to go through CLIP only once. GPT-2 can read vectors that are no words because its
@@ -69,14 +69,14 @@ from train_gpt2 import MLP, KVCache, Recipe, Run, attention, autocast, get_lr, p
 #
 #     position    0              1 ... 32                            33     34 ...
 #     toy text    <|endoftext|>  the map, two words for a cell       \n     a red circle is ...
-#     linear      class token    32 patches, two for a cell          a      red circle is ...
+#     linear      class token    32 averages of patches, two a cell  a      red circle is ...
 #     qformer     query 1        queries 2 ... 32 (to 31); the caption begins at 32
 #     cross       <|endoftext|>  a red circle is ...                 (it sees the picture inside)
 #
-# So linear's patches stand where the map's words stood, and its class token where <|endoftext|> was
-# (4 x 8 patches, because the map is 4 x 4 cells of two words). The Q-Former's vectors begin one
+# So linear's vectors stand where the map's words stood, and its class token where <|endoftext|> was
+# (4 x 8 of them, because the map is 4 x 4 cells of two words). The Q-Former's vectors begin one
 # place earlier, which it learns to live with; no newline follows either of them. With cross the
-# caption stands where the decoder always saw a map: the bridge has to overcome that, too.
+# caption stands where the decoder has seen maps: the bridge has to overcome that, too.
 # -----------------------------------------------------------------------------
 # 1. The image encoder: what CLIP sees, as tokens
 
@@ -86,8 +86,8 @@ class ImageEncoder:
 
     It is a vision transformer (Dosovitskiy et al. 2021): the picture is cut into square patches, of
     14 x 14 pixels for ViT-L/14, and each is a token; one more, the class token, comes to describe
-    the whole. We take the tokens after the second-to-last block: in OpenAI's CLIP the loss sees
-    only the class token of the last block, so its patches were trained for nothing.
+    the whole. We take the tokens after the second-to-last block: in OpenAI's CLIP no loss reaches
+    what the last block makes of the patches. (The toy's are better there, too.)
     """
 
     def __init__(self, visual, preprocess, digest):
@@ -136,11 +136,11 @@ def pool_tokens(tokens):
 # -----------------------------------------------------------------------------
 # 2. The three bridges, from vision tokens (B, S, D) to a decoder of width C
 #
-#              what the decoder gets                            where             trained
-#   linear     S vectors, a linear map of each vision token     before the text   the map
-#   qformer    32 vectors, gathered by learned queries          before the text   up to 4 layers
-#   cross      attention to the vision tokens, per block        inside            map, attention
-#   blind      what linear makes of zeros, to compare with      before the text   the map
+#              what the decoder gets                          where             trained
+#   linear     S vectors, each vision token projected         before the text   projection
+#   qformer    32 vectors, gathered by learned queries        before the text   that, 1 to 4 layers
+#   cross      attention to the vision tokens, per block      inside            that, attention
+#   blind      what linear makes of zeros, to compare with    before the text   projection
 #
 # Each has the same two methods: prefix(vision) gives the vectors before the text, or None;
 # hook(vision) gives the function (i, x) -> x that the decoder calls before its block i, or None.
@@ -323,11 +323,12 @@ def build(name, S, D, decoder):
 
 
 # -----------------------------------------------------------------------------
-# 3. The captioner. The layout of a sequence:
+# 3. The captioner. What it reads, and what it has to predict there:
 #
-#     linear, qformer    v1 ... vP                   a    red     circle           P = 33, 32
-#     cross                          <|endoftext|>   a    red     circle           P = 1
-#     targets                        a               red  circle  <|endoftext|>
+#     linear, qformer    reads     v1 ... vP       a     red      circle             P = 33, 32
+#                        predicts         a        red   circle   <|endoftext|>
+#     cross              reads     <|endoftext|>   a     red      circle             P = 1
+#                        predicts  a               red   circle   <|endoftext|>
 #
 # All captions of a picture are packed after one prefix (train_gpt2.py, chapter 6), where each
 # attends to the prefix and to itself: one pass over P + 5 * 12 tokens does the work of five over
@@ -351,7 +352,8 @@ class Captioner(nn.Module):
         prefix = self.bridge.prefix(vision)
         if prefix is None:
             return self.decoder.wte.weight[self.eot].expand(len(vision), 1, -1) + positions
-        return prefix + (positions - self.decoder.center)  # a prefix is no row of the token table
+        # freeze() moves the mean token into the positions, which a prefix must not get on top
+        return prefix + (positions - self.decoder.center)
 
     def pack(self, captions):
         """Packed captions; captions: for each picture token lists, ended by <|endoftext|>."""
@@ -443,8 +445,9 @@ def micro_batches_of(chosen, recipe):
 def train(name, setup, out, flags, restart=False, base=None):
     """Train a bridge, or go on with the run in `out`, until the last step; the loop of train_gpt2.
 
-    flags: of the recipe, {name: value or None}. base: the file of a trained bridge from which
-    self-critical training (chapter 5) begins; None: cross-entropy.
+    The toy recipe is 500 steps of 32 pictures, each with its five captions; the full one, four
+    passes over COCO. flags: of the recipe, {name: value or None}. base: the file of a trained
+    bridge from which self-critical training (chapter 5) begins; None: cross-entropy.
     """
     device = pick_device()
     train_set = load_pictures(setup, "train")
@@ -521,9 +524,12 @@ def validate(captioner, val_set, run, tokenizer=None):
 # 5. Self-critical training: captions that are trained on their score
 #
 # Cross-entropy teaches each word after the words that people wrote. What is scored are whole
-# captions of the model's own; a score has no gradient, but the probability of a caption has one.
-# REINFORCE (Williams 1992) uses that grad p = p * grad log p: the gradient of the expected reward,
-# sum of p(caption) * reward(caption), is the mean of reward * grad log p over sampled captions.
+# captions of the model's own; a score r has no gradient, but the probability p of a caption has
+# one. REINFORCE (Williams 1992) follows the gradient of the expected score, summed over captions:
+#
+#     grad sum(p * r)  =  sum(r * grad p)  =  sum(p * r * grad log p)
+#                      =  the mean of r * grad log p over captions that are sampled
+#
 # So samples that score well are made more probable (Rennie et al. 2017):
 #
 #     samples = [sample(picture) for k in range(K)]                    # at temperature 1
@@ -533,11 +539,12 @@ def validate(captioner, val_set, run, tokenizer=None):
 #         loss -= (rewards[k] - baseline) * log_p(samples[k]) / K
 #         loss -= ANCHOR * log_p(references[k]) / K
 #
-# The baseline does not depend on the sample, so on average it changes nothing; it takes away most
-# of the noise: a caption that is as good as the others is left alone. The end counts as a word, or
-# captions would end in "on a". The references' cross-entropy stays in the loss as an anchor:
-# captions narrow to the kind that scores best, and without it the bridge forgets what that kind
-# does not say. The printed loss is no measure of quality; only its gradient means something.
+# The baseline does not depend on the sample, so on average it changes nothing (sum(grad p) is the
+# gradient of 1); it takes away most of the noise: a caption that is as good as the others is left
+# alone. The end counts as a word, or captions would end in "on a". The references' cross-entropy
+# stays in the loss as an anchor: captions narrow to the kind that scores best, and without it the
+# bridge forgets the other facts. The printed loss is no measure of quality; only its gradient is
+# used.
 
 SAMPLES = 5  # K captions of each picture
 ANCHOR = 0.5  # weight of the references' cross-entropy; rewards lie between 0 and 10
@@ -551,7 +558,10 @@ def sampled_batches(train_set, captioner, setup, recipe, first_step):
     gives the log probabilities of all (tested by test_self_critical_gradient_equals_the_exact_one).
     """
     device = pick_device()
-    cider = coco_eval.CIDEr(map(reference_words, train_set.pictures))
+    references = []
+    for picture in train_set.pictures:
+        references.append([[*coco_eval.tokenize(text), END] for text in picture["captions"]])
+    cider = coco_eval.CIDEr(references)
     for step in range(first_step, recipe.max_steps):
         seed = (setup.seed * 10**6 + step) * 1000 + rank()
         generator = torch.Generator(device).manual_seed(seed)
@@ -564,7 +574,7 @@ def sampled_batches(train_set, captioner, setup, recipe, first_step):
             rewards = []
             for i, samples in zip(part, drawn, strict=True):
                 groups.append(samples + train_set.captions[i][:SAMPLES])
-                rewards.append(rewards_of(samples, train_set.pictures[i], cider, setup.tokenizer))
+                rewards.append(rewards_of(samples, references[i], cider, setup.tokenizer))
             advantages = advantages_of(torch.tensor(rewards))  # (B, K)
             weights = torch.cat([advantages, torch.full_like(advantages, ANCHOR)], dim=1) / SAMPLES
             batches.append((vision, captioner.pack(groups), weights, len(part) / len(chosen)))
@@ -581,14 +591,9 @@ def draw_samples(captioner, vision, generator):
     return [rows[i : i + SAMPLES] for i in range(0, len(rows), SAMPLES)]
 
 
-def reference_words(picture):
-    """The words of a picture's references, each with its end."""
-    return [[*coco_eval.tokenize(text), END] for text in picture["captions"]]
-
-
-def rewards_of(samples, picture, cider, tokenizer):
-    """The CIDEr-D of each sampled caption of a picture."""
-    references = [cider.weigh(words) for words in reference_words(picture)]
+def rewards_of(samples, references, cider, tokenizer):
+    """The CIDEr-D of each sampled caption of a picture, whose references are lists of words."""
+    references = [cider.weigh(words) for words in references]
     rewards = []
     for ids, text in zip(samples, train_gpt2.decode(samples, tokenizer), strict=True):
         words = coco_eval.tokenize(text) + [END] * ids.count(tokenizer.eot_token)
@@ -1481,19 +1486,18 @@ def main():
     args = parser.parse_args()
     if not args.bridge and not args.compare and not args.ckpt:
         raise UserError("there is nothing to do", "give --bridge linear, --compare, or --ckpt")
-    if args.beam:
-        parser.only("--beam", *(parser.given - {"--num", "--temperature", "--top-p"}))
-    if args.ckpt:
-        parser.only("--ckpt", "--sample", "--bridge", "--seed", parts, captions, sampling)
     train_gpt2.join_processes()
     if args.compare:
         parser.only("--compare", "--compare", "--out", "--seed", "--seeds", parts, training)
         compare(args)
     elif args.sample:
-        if not any((args.num, args.temperature is not None, args.top_p)):
-            parser.only("the most probable caption", *(parser.given - {"--seed"}))
-        parser.only("--sample", "--sample", "--bridge", "--scst", "--out", "--seed", parts,
-                    training, captions, sampling)
+        groups = [parts, captions] if args.beam else [parts, captions, sampling]
+        if args.num or args.temperature is not None or args.top_p:
+            groups.append("--seed")
+        if not args.ckpt:
+            groups += [training, "--scst", "--out"]
+        task = "--sample" + (" with --beam" if args.beam else "")
+        parser.only(task, "--sample", "--bridge", *groups)
         sample(args)
     elif args.export:
         parser.only("--export", "--export", "--bridge", "--scst", "--out", "--seed", parts)

@@ -162,6 +162,7 @@ SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = ("small", "large")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 GRID = 4
+TOY_BLOCK = 64  # tokens of context of the preset `tiny`
 UNSEEN_PAIRS = {("red", "cross"), ("blue", "triangle"), ("yellow", "square")}
 
 
@@ -261,6 +262,24 @@ def scene_document(scene, rng):
     return "\n".join(lines)
 
 
+def scene_blocks(number, tokenizer, seed):
+    """Blocks of 64 tokens, which are the windows of `tiny`, as one row:
+
+        <|endoftext|> map, captions  <|endoftext|> map, cap|<|endoftext|> map, captions ...|
+
+    Each begins with a document, so a map stands at the positions where a picture's tokens will
+    stand later. The last document of a block is cut.
+    """
+    rng = random.Random(seed)
+    blocks = []
+    for _ in range(number):
+        block = []
+        while len(block) < TOY_BLOCK:
+            block.extend(encode_document(scene_document(random_scene(rng), rng), tokenizer))
+        blocks.append(block[:TOY_BLOCK])
+    return np.array(blocks, dtype=np.uint16).reshape(-1)
+
+
 # =============================================================================
 # From here on: tooling, for reference
 # =============================================================================
@@ -281,7 +300,6 @@ OTHER_WORDS = """top bottom left right above below there are is objects in a pic
 SCENE_WORDS = {*COLORS, *SHAPES, *SIZES, *NUMBERS.values(), *MAP_WORDS, *OTHER_WORDS}
 SCENE_WORDS = sorted(SCENE_WORDS | {word.upper() for word in MAP_WORDS})
 
-TOY_BLOCK = 64  # tokens of context of the preset `tiny`
 TOY_SCENE_BLOCKS = 35_400  # six sevenths of the text; the rest is English
 
 
@@ -309,22 +327,6 @@ def make_toy_text(folder):
         write_shard(building / "english_val_000000.bin", english[border:])
         write_shard(building / "scenes_val_000000.bin", scene_blocks(800, tokenizer, seed=1))
         write_tokens_info(building, "tiny", source)
-
-
-def scene_blocks(number, tokenizer, seed):
-    """Blocks of 64 tokens that begin with a scene document, as one row.
-
-    So its map stands where a picture's tokens will stand later. The last document of a block is
-    cut, as documents are at the end of a context.
-    """
-    rng = random.Random(seed)
-    blocks = []
-    for _ in range(number):
-        block = []
-        while len(block) < TOY_BLOCK:
-            block.extend(encode_document(scene_document(random_scene(rng), rng), tokenizer))
-        blocks.append(block[:TOY_BLOCK])
-    return np.array(blocks, dtype=np.uint16).reshape(-1)
 
 
 # -----------------------------------------------------------------------------

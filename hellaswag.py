@@ -16,6 +16,10 @@ to measure are in use, which differ by 1.6 points on the same model:
                  harness_acc                the lowest summed loss wins
                  harness_acc_norm           the lowest loss per character of the ending wins
 
+For example: "A man is sitting on a roof. he" / "is using wrap to wrap a pair of skis." / "is
+ripping level tiles off." / "is holding a rubik's cube." / "starts pulling up roofing on a roof."
+(right).
+
 Published for OpenAI's GPT-2 124M: token mean acc 0.2859, acc_norm 0.2955; harness acc 0.2892,
 acc_norm 0.3114. With 10,042 items the standard error is 0.0046.
 

@@ -1842,7 +1842,7 @@ def test_the_124m_trains_on_real_text(tmp_path):
 
 def small_export(folder, **changes):
     """A GPT-2 of GPT-2's vocabulary in transformers' layout, with changes to its config.json."""
-    model = small_model(config=GPTConfig(32, 50304, 1, 2, 32, init_std=0.3, vocab_padding=47))
+    model = small_model(config=GPTConfig(64, 50304, 1, 2, 32, init_std=0.3, vocab_padding=47))
     train_gpt2.export_hf(model, fineweb.get_tokenizer("gpt2"), folder)
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -3247,7 +3247,7 @@ def test_self_critical_gradient_equals_the_exact_one():
     assert max(g.abs().max() for g in exact) > 1e-4
 
 
-def test_samples_have_the_rewards_of_their_own_picture(precision):
+def test_samples_have_the_rewards_of_their_own_picture(precision, monkeypatch):
     """A sample that is scored for another picture, or packed behind it."""
     tokenizer = fineweb.get_tokenizer("tiny")
     model = caption.build("linear", 5, 12, small_model(config=train_gpt2.PRESETS["tiny"]))
@@ -3259,8 +3259,10 @@ def test_samples_have_the_rewards_of_their_own_picture(precision):
     cider = coco_eval.CIDEr(words)
     recipe = Recipe(1, 4, 2, 1e-3, 1)
     setup = types.SimpleNamespace(seed=0, tokenizer=tokenizer)
-    nn.init.normal_(model.decoder.wte.weight, std=1.0)  # so that samples have words
-    model.room = 30
+    eot = tokenizer.eot_token
+    rows = [[*tokenizer.encode_ordinary(text), eot] for group in texts for text in group]
+    drawn = iter([rows[i : i + 5] for i in (0, 13, 22, 31)])  # some have the words of their picture
+    monkeypatch.setattr(caption, "draw_samples", lambda *args: [next(drawn), next(drawn)])
     [(_, batches)] = caption.sampled_batches(pictures, model, setup, recipe, 0)
     chosen = train_gpt2.step_indices(0, 0, 4, 8)
     for part, batch in zip(chosen.reshape(2, 2), batches, strict=True):
@@ -3881,6 +3883,65 @@ def test_an_address_gives_the_picture_of_today(captions_run, shapes, server, tmp
     assert_error(process, "cannot be read as a picture")
 
 
+@real_data
+def test_the_whole_way_with_gpt2s_vocabulary(server, tmp_path, monkeypatch):
+    """From a download to a caption, as on a laptop, with small random weights: all bridges."""
+    rng = np.random.default_rng(0)
+    monkeypatch.chdir(tmp_path)
+    pictures = {}
+    for i in range(40):
+        photo = io.BytesIO()
+        size = rng.integers(40, 200, 2)
+        Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)).save(photo, "JPEG")
+        pictures[f"val2017/{i:012d}.jpg"] = photo.getvalue()
+    images = [{"id": i, "file_name": Path(name).name} for i, name in enumerate(pictures)]
+    annotations = [{"image_id": i % 40, "caption": f"A photo of {i} dogs."} for i in range(200)]
+    text = json.dumps({"images": images, "annotations": annotations})
+    archives = []
+    contents = ({"annotations/captions_val2017.json": text}, pictures)
+    for (address, _, _), content in zip(coco_eval.ARCHIVES, contents, strict=False):
+        body = archive(content)
+        archives.append((address, len(body), hashlib.md5(body).hexdigest()))
+        server.files[f"/{address}"] = body
+    monkeypatch.setattr(coco_eval, "HOST", server.address)
+    monkeypatch.setattr(coco_eval, "ARCHIVES", archives)
+    process = run("coco_eval.py", "--download", "--val-only")
+    assert process.returncode == 0, process.stderr
+    small_export(tmp_path / "lm")
+    vision = {"image_size": 64, "patch_size": 16, "width": 64, "layers": 3, "head_width": 32}
+    config = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": caption.TOY_CLIP["text_cfg"]}
+    open_clip.add_model_config(write_json(tmp_path / "configs/ViT-small.json", config).parent)
+    torch.save(open_clip.create_model("ViT-small").state_dict(), tmp_path / "clip.pt")
+    parts = ["--clip", f"ViT-small/{tmp_path}/clip.pt", "--lm", tmp_path / "lm"]
+    flags = ["--data", "data/coco", "--steps", 4, "--batch", 8]
+    monkeypatch.setattr(caption, "CLIP_BATCH", 8)
+    pool_tokens = caption.pool_tokens
+    passes = []
+
+    def interrupted(tokens):
+        passes.append(len(tokens))
+        if len(passes) == 3:
+            raise KeyboardInterrupt
+        return pool_tokens(tokens)
+
+    monkeypatch.setattr(caption, "pool_tokens", interrupted)
+    process = run("caption.py", *flags, *parts, "--bridge", "linear")
+    assert process.returncode == 130
+    shutil.copy("data/coco/val2017/000000000007.jpg", "photo.jpg")
+    for name in ("linear", "qformer", "cross"):
+        process = run("caption.py", *flags, *parts, "--bridge", name, "--sample", "photo.jpg")
+        assert process.returncode == 0 and "photo.jpg: " in process.stdout, process.stderr
+        assert "4 validation pictures" in process.stdout and "not comparable" in process.stdout
+    assert passes[:7] == [8, 8, 8, 8, 8, 4, 4]  # of 36 pictures two batches were kept
+    expected = process.stdout.split("photo.jpg: ")[1].splitlines()[0]
+    process = run("caption.py", "--data", "data/coco", "--bridge", "cross", "--export", "bridge")
+    assert process.returncode == 0, process.stderr
+    (tmp_path / "elsewhere").mkdir()
+    process = run("caption.py", "--ckpt", "../bridge.safetensors", "--sample", "../photo.jpg",
+                  cwd=tmp_path / "elsewhere")
+    assert process.stdout.split("photo.jpg: ")[1].splitlines()[0] == expected, process.stderr
+
+
 # -----------------------------------------------------------------------------
 # train_gpt2.py and caption.py on a GPU that is not there
 
@@ -3893,6 +3954,9 @@ def fake_cuda(monkeypatch, learns=()):
     they would on a GPU. The backward pass needs one, so its gradients are made up.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
+
+    if torch.__version__ < "2.11" and not torch.cuda.is_available():
+        pytest.skip("needs PyTorch 2.11, or a GPU")  # older ones end the process
 
     def to(module, function, recurse=True):
         for part in module.modules():
@@ -4018,6 +4082,40 @@ def test_attention_of_many_shapes_does_without_cudnn(monkeypatch):
         train_gpt2.attention(q, q, q, mask=torch.ones(8, 8, dtype=torch.bool, device=device))
         train_gpt2.attention(q[:, :, :1], q, q)
     assert enabled == [True, False, False]
+
+
+# -----------------------------------------------------------------------------
+# README.md
+
+
+def chapters(file):
+    """{title: number of lines} of the chapters of a file, in order; the banner is one of them."""
+    lines = (HERE / file).read_text(encoding="utf-8").splitlines()
+    bars = [i for i, line in enumerate(lines) if re.fullmatch(r"# [-=]{77}", line)]
+    ends = [*bars[1:], len(lines)]
+    return {lines[i + 1][2:]: end - i for i, end in zip(bars, ends, strict=True)}
+
+
+def test_the_reading_path_is_as_long_as_the_readme_says():
+    """A table of the path whose lines are not those of the files; a path that grew."""
+    banner = "From here on: tooling, for reference"
+    rows = re.findall(r"\n\| (?:optional: )?`(\w+\.py)`, (.*?) \| (\d+) \|",
+                      (HERE / "README.md").read_text(encoding="utf-8"))
+    assert len(rows) == 10
+    total = 0
+    for file, what, lines in rows:
+        titles = list(chapters(file))
+        before = titles[: titles.index(banner)]
+        chosen = [title for title in before if "(optional)" not in title]
+        if match := re.fullmatch(r"(\d)(?: to (\d))?", what):
+            numbers = range(int(match[1]), int(match[2] or match[1]) + 1)
+            chosen = [title for title in titles if title[0].isdigit() and int(title[0]) in numbers]
+        elif "loss in chunks" in what or "BLEU" in what:
+            chosen = [title for title in titles if "(optional)" in title]
+        counted = sum(chapters(file)[title] for title in chosen)
+        assert counted == pytest.approx(int(lines), rel=0.05), (file, what, counted)
+        total += counted if "(optional)" not in chosen[0] else 0
+    assert total <= 1_700
 
 
 if __name__ == "__main__":

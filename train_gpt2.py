@@ -10,9 +10,9 @@ GPT-2 from scratch: the model, how it is trained, and what can be done with it.
 The same command continues an interrupted run. A run lives in runs/<preset>/: ckpt.pt, log.csv,
 curves.png, samples.txt.
 
-The toy run is not GPT-2's recipe: in its few minutes it learns to look things up only with Muon and
-with positions that begin as sinusoids (chapter 7). `--preset gpt2` is the recipe of the paper:
-AdamW, a cosine, and positions that begin at random.
+The toy run is not GPT-2's recipe: in its few minutes it learns to look things up only with Muon, a
+flat rate that falls linearly, and positions that begin as sinusoids (chapters 4 and 7). `--preset
+gpt2` is the recipe of the paper (GPT-3's): AdamW, a cosine, positions that begin at random.
 
 To read, in an evening: 1 the model, 2 generation, 3 data, 4 the recipe, 5 training, 6 packing,
 7 Muon and sinusoids. After the banner, for another evening: the loss in chunks. For reference:
@@ -117,16 +117,7 @@ def attention(q, k, v, mask=None, is_causal=False):
     FlashAttention (Dao et al. 2022) computes the same in tiles and never stores the scores;
     PyTorch chooses it on GPUs (tested by test_decoder_equals_a_plain_float64_one).
     """
-    options = {"attn_mask": mask, "is_causal": is_causal}
-    if q.is_cuda and (mask is not None or q.size(2) != k.size(2)):
-        # many shapes: cuDNN, which PyTorch prefers on an H100, would plan each of them for .4 s
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
-                          SDPBackend.MATH]):
-            return F.scaled_dot_product_attention(q, k, v, **options)
-    if q.is_cuda or q.size(2) >= 512:
-        return F.scaled_dot_product_attention(q, k, v, **options)
-    with torch.autocast("cpu", enabled=False):  # short sequences on a CPU: bf16 is 5 times slower
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
+    return fused_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
 
 
 class MLP(nn.Module):
@@ -205,17 +196,17 @@ class GPT(nn.Module):
         """Hidden states (..., C) to logits (..., n_vocab): unused rows of the table are cut off."""
         return F.linear(h, self.wte.weight)[..., : self.config.n_vocab]
 
-    @torch.compiler.disable  # traced, all chunks would be alive at once
+    @torch.compiler.disable  # a compiled model would keep all chunks
     def loss(self, h, targets, reduction="mean"):
-        """Cross-entropy in nats of targets (B, T) given hidden states (B, T, C).
+        """Cross-entropy in nats of targets (B, T) given hidden states (B, T, C):
 
             F.cross_entropy(self.logits(h).flatten(0, 1), targets.flatten())
 
-        but the logits of a batch, 13 GB for 64 x 1024 tokens, never exist at once; "The loss in
-        chunks" says how. Targets of -100 do not count. reduction: "mean", "sum", or "none" for each
-        target (B, T).
+        The logits of a whole batch, 13 GB for 64 x 1024 tokens, never exist at once: "The loss in
+        chunks", behind the banner, says how. Targets of -100 do not count. reduction: "mean",
+        "sum", or "none" for each target (B, T).
         """
-        if reduction == "none":  # a row's logits at a time; with gradients they stay
+        if reduction == "none":  # the logits of a row at a time
             rows = []
             for h_row, target in zip(h, targets, strict=True):
                 logits = self.logits(h_row).float()
@@ -542,13 +533,14 @@ def train_step(model, optimizer, micro_batches, recipe, device):
     total = torch.zeros((), device=device)
     for i, (*inputs, share) in enumerate(micro_batches):
         inputs = [x.to(device, non_blocking=True) for x in inputs]
-        # with several ranks DDP sums their gradients (all-reduce) in backward(), so that all make
-        # the same update; only the last micro-batch needs that
+        # with several ranks DistributedDataParallel (DDP) averages their gradients in backward()
+        # (all-reduce), so that all make the same update; only the last micro-batch needs that
         sync = i == len(micro_batches) - 1 or world_size() == 1
         with contextlib.nullcontext() if sync else model.no_sync():
             with autocast(device):
                 _, loss = model(*inputs)
-            (loss * share * world_size()).backward()  # DDP divides the sum by world_size
+            # share is of the whole step, so what we need is the sum over ranks, not the average
+            (loss * share * world_size()).backward()
         total += loss.detach() * share
     norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)  # gradient clipping
     loss, norm = torch.stack([all_reduce(total), norm]).tolist()  # here the CPU waits for the GPU
@@ -610,7 +602,7 @@ def train(preset, data, out, recipe, seed=0, restart=False):
             row = {}
             if run.step % recipe.log_every == 0 or run.step == 1 or is_eval_step or stop:
                 row = run.progress(loss, lr, norm, recipe.batch_size, flops_per_token(config))
-            if is_eval_step and not stop:  # an evaluation may outlast the patience of torchrun
+            if is_eval_step and not stop:  # torchrun kills soon after Ctrl-C: evaluate on resuming
                 row |= evaluate()
             run.log(row)
             if is_eval_step or stop:
@@ -674,10 +666,11 @@ class Packed:
 def pack(rows, P=0):
     """Pack rows of (beginning, [continuation, ...]), all of token ids, after P vectors.
 
-    The beginning is part 0, continuation k is part k + 1. For the example above:
+    The beginning is part 0, continuation k is part k + 1. For the example above, with P = 0:
 
-        part      0  0  0  1  2  2         target    a1 a2 b1 b2 b3
-                                           source     2  3  2  4  5
+        a column for each token            a column for each target
+        token     c1 c2 c3 a1 b1 b2        target    a1 a2 b1 b2 b3
+        part       0  0  0  1  2  2        source     2  3  2  4  5
                                            owner      0  0  1  1  1
 
     (tested by test_packed_continuations_have_the_losses_of_separate_ones)
@@ -780,13 +773,14 @@ def split(matrix):
 def orthogonalize(G):
     """U V^T for each matrix U S V^T of G (n, rows, columns), roughly, by Newton-Schulz steps.
 
-    X <- aX + b(XX^T)X + c(XX^T)^2 X is a polynomial of the singular values that takes all but the
-    smallest of them to about .7 ... 1.2 in five steps; matrix products alone, in bf16 where fast.
+    Each step makes s -> 3.4445 s - 4.7750 s^3 + 2.0315 s^5 of every singular value s, which takes
+    all but the smallest of them, from at most 1, to about .7 ... 1.2 in five steps. It needs matrix
+    products alone, in bf16 where that is fast.
     """
     X = G.bfloat16() if uses_bf16(G.device) else G
     tall = X.size(1) > X.size(2)
     X = X.mT if tall else X
-    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value is above this norm
     for _ in range(5):
         A = X @ X.mT
         X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
@@ -805,7 +799,9 @@ def sinusoids(T, C, std):
     t = torch.arange(T)[:, None] + 0.25  # at whole numbers the sine of period 2 is always 0
     angles = 2 * math.pi * t / periods
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (T, 2 * periods)
-    directions = torch.linalg.qr(torch.randn(C, waves.size(1)))[0]  # random, orthogonal
+    # each wave in a random direction of its own, spread over all C numbers of a position; scaled to
+    # the length that positions have in GPT-2
+    directions = torch.linalg.qr(torch.randn(C, waves.size(1)))[0]  # orthogonal
     return waves @ directions.T * std * math.sqrt(C / len(periods))
 
 
@@ -889,11 +885,12 @@ def softmax_minus_one_hot(logits, target, n_vocab):
     logits[:, n_vocab:] = -math.inf  # unused rows of the table get no probability
     log_p = F.log_softmax(logits, dim=1, dtype=torch.float32)
     index = target.clamp(min=0)
-    log_p_target = log_p.gather(1, index)  # (rows, 1)
     if torch.compiler.is_compiling():  # a scatter_() would be compiled with a copy of everything
         one_hot = torch.arange(logits.size(1), device=logits.device) == index
+        log_p_target = torch.where(one_hot, log_p, 0.0).sum(1, keepdim=True)  # (rows, 1)
         logits.copy_(log_p.exp() - one_hot.float())
     else:
+        log_p_target = log_p.gather(1, index)
         logits.copy_(log_p.exp_())
         logits.scatter_(1, index, (log_p_target.exp() - 1).to(logits.dtype))
     return -(log_p_target * (target != -100)).sum()
@@ -1334,6 +1331,20 @@ def can_compile():
         return False
 
 
+def fused_attention(q, k, v, attn_mask, is_causal):
+    """PyTorch's scaled_dot_product_attention, with the kernels that are fast here."""
+    options = {"attn_mask": attn_mask, "is_causal": is_causal}
+    if q.is_cuda and (attn_mask is not None or q.size(2) != k.size(2)):
+        # many shapes: cuDNN, which PyTorch prefers on an H100, would plan each of them for .4 s
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+                          SDPBackend.MATH]):
+            return F.scaled_dot_product_attention(q, k, v, **options)
+    if q.is_cuda or q.size(2) >= 512:
+        return F.scaled_dot_product_attention(q, k, v, **options)
+    with torch.autocast("cpu", enabled=False):  # short sequences on a CPU: bf16 is 5 times slower
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
+
+
 def flops_per_token(config):
     """Of a training step (Chowdhery et al. 2022, appendix B): 6 per weight, and attention's."""
     weights = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
@@ -1583,7 +1594,7 @@ def read_checkpoint(path, holds="run", what_to_do="name another"):
     if not path.exists():
         raise UserError(f"{path} is not there", "train first, or name another --ckpt")
     what = f"a whole checkpoint of a {holds}, format {FORMAT}"
-    damage = (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, RuntimeError)
+    damage = (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, RuntimeError, OSError)
     with fineweb.reading(path, what, *damage, what_to_do=what_to_do):
         with zipfile.ZipFile(path) as parts:  # PyTorch does not look at the checksums
             if parts.testzip():
