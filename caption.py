@@ -453,9 +453,9 @@ def train(name, setup, out, flags, restart=False, base=None):
     train_set = load_pictures(setup, "train")
     val_set = load_pictures(setup, "val")
     torch.manual_seed(setup.seed)
-    captioner = build(name, *train_set.features.shape[1:], setup.decoder).to(device)
-    if base:
-        captioner = load_captioner(base, setup)
+    sizes = train_set.features.shape[1:]
+    captioner = load_captioner(base, setup) if base else build(name, *sizes, setup.decoder)
+    captioner.to(device)
     recipe = choose_recipe(name, setup, len(train_set), flags, scst=bool(base))
     optimizer = train_gpt2.configure_optimizer(captioner.bridge, recipe)
     identity = run_identity(name, setup, train_set, recipe, captioner.bridge if base else None)
@@ -913,11 +913,11 @@ def find_pictures(names):
         if not name.exists():
             raise UserError(f"{name} is not there", "check the path")
         if name.is_dir():
-            suffixes = PICTURE_SUFFIXES
-            inside = sorted(path for path in name.iterdir() if path.suffix.lower() in suffixes)
+            inside = [path for path in sorted(name.iterdir())
+                      if path.suffix.lower() in PICTURE_SUFFIXES]
         if not inside:
-            suffixes = " ".join(PICTURE_SUFFIXES)
-            raise UserError(f"{name} has no pictures ({suffixes})", "name another folder")
+            kinds = " ".join(PICTURE_SUFFIXES)
+            raise UserError(f"{name} has no pictures ({kinds})", "name another folder")
         paths += inside
     return paths
 
@@ -970,9 +970,12 @@ def caption_pictures(captioner, setup, paths, num, options):
 
     for _, batch in train_gpt2.prefetch(get_batch, 0, math.ceil(len(paths) / CLIP_BATCH), ahead=2):
         if batch:
-            tokens = setup.encoder(torch.stack([image for _, image in batch]))
-            vision = pool_tokens(tokens).repeat_interleave(num, 0)  # (B * num, S, D)
-            texts = write_captions(captioner, vision, setup.tokenizer, **options)
+            vision = pool_tokens(setup.encoder(torch.stack([image for _, image in batch])))
+            size = max(1, len(batch) // num)  # pictures whose captions are written at once
+            texts = []
+            for part in vision.split(size):
+                part = part.repeat_interleave(num, 0)  # (pictures * num, S, D)
+                texts += write_captions(captioner, part, setup.tokenizer, **options)
             for k, (path, _) in enumerate(batch):
                 yield path, texts[k * num : (k + 1) * num]
 
@@ -982,13 +985,15 @@ def trained_captioner(args):
     if args.ckpt:
         return args.ckpt, open_setup(choose_parts(args, read_bridge(args.ckpt)[0]))
     out, parts = choose_run(args, seed=0)
-    setup = open_setup(parts)
     flags = recipe_flags(args)
     changed = any(value is not None for value in flags.values())
-    if args.restart or changed or not train_gpt2.is_finished(out / "ckpt.pt"):
-        print(f"missing    the bridge: training {args.bridge}", flush=True)
-        train(args.bridge, setup, out, flags, args.restart, base_of(args, out))
-        evaluate(out, setup)
+    if not args.restart and not changed and train_gpt2.is_finished(out / "ckpt.pt"):
+        return out / "best.pt", open_setup(parts)
+    base = base_of(args, out)  # or an error, before anything is loaded
+    setup = open_setup(parts)
+    print(f"missing    the bridge: training {args.bridge}", flush=True)
+    train(args.bridge, setup, out, flags, args.restart, base)
+    evaluate(out, setup)
     return out / "best.pt", setup
 
 
@@ -998,8 +1003,8 @@ def load_captioner(path, setup):
     here = {"lm": setup.decoder_digest, "clip": setup.encoder.digest}
     for part, digest in here.items():
         if run[f"{part}_digest"] != digest:
-            problem = f"{path} was trained with --{part} {run[part]}, not {getattr(setup, part)}"
-            raise UserError(problem, "name that one, or train anew")
+            problem = f"{path} was trained with other weights of --{part} (from {run[part]})"
+            raise UserError(problem, "name those, or train the bridge anew (--restart)")
     captioner = build(run["bridge"], run["S"], run["D"], setup.decoder)
     with fineweb.reading(path, "a bridge of this version", RuntimeError, what_to_do="train anew"):
         captioner.bridge.load_state_dict(tensors)
@@ -1082,8 +1087,10 @@ def cached_features(encoder, pictures, name):
     path = Path("data/features") / f"{name}-{digest.hexdigest()[:16]}.bin"
     shape = (len(pictures), 33, encoder.visual.transformer.width)
     list_file = path.with_suffix(".json")  # of what was left out
-    if not (path.exists() and list_file.exists() and path.stat().st_size == 2 * math.prod(shape)):
+    whole = path.exists() and path.stat().st_size == 2 * math.prod(shape)
+    if not whole:
         encode_pictures(encoder, pictures, path, shape)
+    if not whole or not list_file.exists():
         unreadable = np.isnan(np.memmap(path, np.float16, "r", shape=shape)[:, 0, 0])
         left_out = np.flatnonzero(unreadable).tolist()
     else:
@@ -1121,7 +1128,8 @@ def encode_pictures(encoder, pictures, path, shape):
         for _, batch in bar:
             tokens = pool_tokens(encoder(batch)).cpu().numpy().astype(np.float16)
             file.write(tokens.tobytes())
-    os.replace(part, path)
+        file.flush()
+        os.replace(part, path)
 
 
 def prepared(encoder, picture):
@@ -1178,6 +1186,9 @@ def choose_parts(args, run=None, seed=0):
     toy = not args.data and not (has_gpu and Path("data/coco").exists())
     if run:
         toy = run["toy"]
+        if seed not in (0, run["seed"]):
+            problem = f"the bridge was trained with --seed {run['seed']}, not {seed}"
+            raise UserError(problem, "leave the flag out, or choose another --out")
         seed = run["seed"]
         for part, given in (("lm", args.lm), ("clip", args.clip), ("bridge", args.bridge)):
             on_disk = given and (Path(given).exists() or Path(given.partition("/")[2]).is_file())
@@ -1185,15 +1196,15 @@ def choose_parts(args, run=None, seed=0):
                 problem = f"the bridge was trained with --{part} {run[part]}, not {given}"
                 raise UserError(problem, "leave the flag out, or train anew")
     suffix = f"-{seed}" if seed else ""
-    if toy:
+    if run:
+        lm = run["lm"]
+        clip = run["clip"]
+    elif toy:
         lm = f"runs/tiny{suffix}/ckpt.pt"
         clip = f"runs/toy-clip{suffix}/ckpt.pt"
     else:
         lm = "runs/gpt2/ckpt.pt" if train_gpt2.is_finished("runs/gpt2/ckpt.pt") else "gpt2"
         clip = CLIP_FOR_GPU if has_gpu else CLIP_FOR_CPU
-    if run:
-        lm = run["lm"]
-        clip = run["clip"]
     data = Path(args.data or ("data/shapes" if toy else "data/coco"))
     return Parts(toy, data, args.lm or lm, args.clip or clip, seed)
 
@@ -1229,7 +1240,10 @@ def make_toy_parts(parts):
         data = train_gpt2.default_data("tiny")
         with train_gpt2.rank_zero_first():
             fineweb.make_toy_text(data)
-        train_gpt2.train("tiny", data, out, train_gpt2.RECIPES["tiny"], parts.seed)
+        try:
+            train_gpt2.train("tiny", data, out, train_gpt2.RECIPES["tiny"], parts.seed)
+        except UserError as error:
+            raise UserError(f"the decoder: {error.args[0]}", f"finish or remove {out}") from error
     with train_gpt2.rank_zero_first():
         if parts.data == Path("data/shapes") and not (parts.data / "unseen").exists():
             print(f"missing    the pictures: drawing them in {parts.data}", flush=True)
@@ -1265,7 +1279,8 @@ def load_clip(which):
         tag = tag or "openai"  # without a tag open_clip takes random weights
         options = {"pretrained": tag, "force_quick_gelu": tag == "openai"}  # OpenAI's activation
         tags = open_clip.list_pretrained_tags_by_model(name)
-        if tags and tag not in tags:  # a FILE: prepare pictures as for the NAME's published weights
+        if tags and not open_clip.get_pretrained_cfg(name, tag):
+            # a FILE: prepare pictures as for the NAME's published weights
             published = open_clip.get_pretrained_cfg(name, tags[0])
             for key in ("mean", "std", "interpolation", "resize_mode"):
                 options[f"image_{key}"] = published.get(key)
@@ -1403,11 +1418,7 @@ def run_identity(name, setup, train_set, recipe, base=None):
         "seed": setup.seed,
         "batch_size": recipe.batch_size,
     }
-    if base is None:
-        return identity
-    # self-critical training goes on from a bridge; its samples depend on what is computed together
-    parts = [recipe.micro_batch, train_gpt2.world_size()]
-    return identity | {"base": fingerprint(base), "parts": parts}
+    return identity | ({"base": fingerprint(base)} if base else {})
 
 
 def run_folder(args, parts, name, scst=False):
@@ -1415,6 +1426,8 @@ def run_folder(args, parts, name, scst=False):
     suffix = f"-{parts.seed}" if parts.seed else ""
     setup = "toy" if parts.toy else parts.data.resolve().name
     out = Path(args.out or f"runs/{setup}-{name}{suffix}")
+    if not out.name:
+        raise UserError(f"--out {out} has no name", "name a folder in it")
     if args.compare and args.out:
         out = out / f"{name}{suffix}"
     return out.with_name(f"{out.name}-scst") if scst else out
@@ -1428,7 +1441,7 @@ def choose_run(args, seed):
     train_gpt2.refuse_other_files(out)
     path = trained / "best.pt"
     if path.exists() and (args.scst or not args.restart):
-        parts = choose_parts(args, read_bridge(path)[0])
+        parts = choose_parts(args, read_bridge(path)[0], seed)
     return out, parts
 
 
@@ -1491,11 +1504,10 @@ def main():
         parser.only("--compare", "--compare", "--out", "--seed", "--seeds", parts, training)
         compare(args)
     elif args.sample:
-        groups = [parts, captions] if args.beam else [parts, captions, sampling]
+        groups = [captions] if args.beam else [captions, sampling]
         if args.num or args.temperature is not None or args.top_p:
             groups.append("--seed")
-        if not args.ckpt:
-            groups += [training, "--scst", "--out"]
+        groups += ["--lm", "--clip"] if args.ckpt else [parts, training, "--scst", "--out"]
         task = "--sample" + (" with --beam" if args.beam else "")
         parser.only(task, "--sample", "--bridge", *groups)
         sample(args)
@@ -1509,7 +1521,7 @@ def main():
         out, chosen = choose_run(args, args.seed)
         if args.eval:
             trained_bridge(out)  # or an error
-        base = base_of(args, out)
+        base = None if args.eval else base_of(args, out)
         setup = open_setup(chosen)
         if not args.eval:
             train(args.bridge, setup, out, recipe_flags(args), args.restart, base)

@@ -16,17 +16,20 @@ text, the toy text's files, the command line; errors, files and downloads, which
 """
 import argparse
 import contextlib
+import errno
 import functools
 import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -340,7 +343,7 @@ def fetch_fineweb(tokens, folder):
     """Download the validation shard and as many training shards as `tokens` asks for."""
     folder = Path(folder)
     source = f"FineWeb-Edu, {FINEWEB_REPO}"
-    if folder.exists() and read_tokens_info(folder)["source"] not in (source, "unknown"):
+    if read_tokens_info(folder).get("source", "unknown") not in (source, "unknown"):
         raise UserError(f"{folder} has other text", "name another folder with --out")
     count = min(math.ceil(tokens / SHARD_TOKENS), FINEWEB_SHARDS)
     names = ["finewebedu_val_000000.bin"]
@@ -430,8 +433,8 @@ def text_to_shards(paths, folder, val_fraction=0.01, shard_tokens=SHARD_TOKENS):
 def encode_all(documents, tokenizer):
     """Yield the tokens of each document, in order; a thousand documents are in memory at a time."""
     encode = functools.partial(encode_document, tokenizer=tokenizer)
-    ignore_ctrl_c = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
-    with ProcessPoolExecutor(**ignore_ctrl_c) as pool, tqdm(unit=" tokens", disable=None) as bar:
+    pool = ProcessPoolExecutor(initializer=end_with_parent)
+    with pool, tqdm(unit=" tokens", disable=None) as bar:
         try:
             while batch := list(itertools.islice(documents, 1000)):
                 for tokens in pool.map(encode, batch, chunksize=math.ceil(len(batch) / 64)):
@@ -440,6 +443,17 @@ def encode_all(documents, tokenizer):
         except BrokenProcessPool as error:  # the system kills a process when memory is short
             problem = "a process that tokenizes was killed"
             raise UserError(problem, "free some memory, or give smaller files") from error
+
+
+def end_with_parent():
+    """Leave Ctrl-C to the process that started this one, and end when that has ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 # -----------------------------------------------------------------------------
@@ -496,13 +510,16 @@ def command_line(main):
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
-    except (UserError, OSError, MemoryError) as error:
+    except Exception as error:
+        message = str(error)
+        if isinstance(error, OSError):  # a full disk, a read-only folder, ...
+            message += ": make room, or name another (TRACEBACK=1 shows where)"
+        elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            message = "out of memory: ask for less at once (TRACEBACK=1 shows where)"
+        elif not isinstance(error, UserError):
+            raise
         if "TRACEBACK" in os.environ:
             raise
-        message = str(error)
-        if not isinstance(error, UserError):  # a full disk, a read-only folder, ...
-            reason = message or "there is not enough memory"
-            message = f"{reason}: make room, or name another (TRACEBACK=1 shows where)"
         print("error:", message, file=sys.stderr)
         sys.exit(2)
 
@@ -521,20 +538,19 @@ class Output:
         return getattr(self.stream, name)
 
     def write(self, text):
-        with self:
-            self.stream.write(text)
+        self.attempt(self.stream.write, text)
 
     def flush(self):
-        with self:
-            self.stream.flush()
+        self.attempt(self.stream.flush)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, OSError):  # what is still to be written goes nowhere
+    def attempt(self, method, *args):
+        try:
+            method(*args)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            # what is still to be written goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-            return True
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -551,7 +567,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_args(self, arguments=None):
         words = sys.argv[1:] if arguments is None else arguments
         # flags that were typed, with their default value too
-        self.given = {word.split("=")[0] for word in words if word.startswith("--")}
+        self.given = {word.split("=")[0] for word in words} & set(self._option_string_actions)
         return super().parse_args(arguments)
 
     def only(self, task, *allowed):
@@ -646,12 +662,12 @@ def new_folder(folder):
                 shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
         try:
             yield building
-            (building / ".lock").unlink(missing_ok=True)
             if inside:
-                for path in building.iterdir():
+                for path in building.glob("[!.]*"):
                     os.replace(path, folder / path.name)
             else:
                 os.replace(building, folder)
+                (folder / ".lock").unlink(missing_ok=True)
         finally:
             shutil.rmtree(building, ignore_errors=True)  # when the body failed
 
@@ -701,8 +717,8 @@ def download(url, path, size=None, digest=None, tries=5, anew=False):
     """Download `url` to `path`; what was interrupted resumes where it stopped. Returns the path.
 
     size: bytes, and digest: MD5 or SHA-256 in hexadecimal, are checked when given. tries: how often
-    in a row it may fail without progress. anew: begin with the first byte, whatever is there.
-    Raises UserError without a network, for a wrong file, or while another process downloads it.
+    in a row it may fail without progress. anew: fetch it again, from the first byte. Raises
+    UserError without a network, for a wrong file, or while another process downloads it.
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
@@ -715,21 +731,20 @@ def download(url, path, size=None, digest=None, tries=5, anew=False):
     require_space(path.parent, (size or 0) - (part.stat().st_size if part.exists() else 0))
     with lock(part):
         if anew:
-            path.unlink(missing_ok=True)
             part.write_bytes(b"")
-        if not is_there():  # another process may have been faster
-            fetch(url, part, path, tries)
+        if anew or not is_there():  # another process may have been faster
+            otherwise = "get it by other means" if anew else f"put it at {path}"
+            fetch(url, part, otherwise, tries)
             wrong = size not in (None, part.stat().st_size)
             if wrong or (digest and file_digest(part, digest) != digest):
                 part.unlink()
-                what_to_do = f"try again, or put it at {path}"
-                raise UserError(f"{url} is not the expected file", what_to_do)
+                raise UserError(f"{url} is not the expected file", f"try again, or {otherwise}")
             os.replace(part, path)
         part.unlink(missing_ok=True)
     return path
 
 
-def fetch(url, part, path, tries):
+def fetch(url, part, otherwise, tries):
     """Download `url` to `part`, in as many pieces as a bad line makes of it."""
     part.touch()
     failures = 0
@@ -740,7 +755,7 @@ def fetch(url, part, path, tries):
         except (requests.RequestException, ValueError) as error:  # no network, 5xx, no address
             failures = 0 if part.stat().st_size > before else failures + 1
             if failures == tries:
-                what_to_do = f"check the network, or put it at {path}"
+                what_to_do = f"check the network, or {otherwise}"
                 raise UserError(f"{url} cannot be reached", what_to_do) from error
             time.sleep(2**failures)
 

@@ -619,7 +619,7 @@ def test_two_downloads_of_one_file(server, tmp_path):
     server.files = {}
     with pytest.raises(UserError, match="404"):
         fineweb.download(f"{server.address}/a", path, anew=True)
-    assert not path.exists()
+    assert path.read_bytes() == BODY[::-1]  # what the user may have put there is not lost
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
@@ -2000,6 +2000,7 @@ def test_other_peoples_files_stay(tiny, whole, tmp_path):
     assert_error(train(tiny, tmp_path, "--restart"), "another kind of run")
     (tmp_path / "run/ckpt.pt").write_bytes(b"torn")  # which --restart is for
     assert train(tiny, tmp_path, "--restart").returncode == 0
+    assert (tmp_path / "run/unreadable.pt").read_bytes() == b"torn"
 
 
 def test_a_restart_that_is_killed_has_forgotten(tiny, whole, tmp_path):
@@ -3694,7 +3695,7 @@ def test_sampling_pictures(captions_run, shapes, tmp_path, precision):
     for i, name in enumerate(("0.png", "1.jpg", "2.webp", "4.JFIF")):
         image.resize((90 + 40 * i, 70)).save(own / name, format=None if i < 3 else "JPEG")
     (own / "3.gif").write_bytes(b"GIF no")
-    flags = [*flags[:8], "--ckpt", folder / "runs/shapes-cross/best.pt", "--sample", own]
+    flags = [*flags[2:8], "--ckpt", folder / "runs/shapes-cross/best.pt", "--sample", own]
     process = run("caption.py", *flags, "--grid", tmp_path / "out.png", cwd=folder)
     assert process.returncode == 0 and process.stdout.count("my pictures") == 4, process.stderr
     assert "3.gif cannot be read" in process.stderr
@@ -3705,12 +3706,12 @@ def test_sampling_pictures(captions_run, shapes, tmp_path, precision):
     assert other.stdout.count("0.png:") == 4 and other.stdout != process.stdout
     process = run("caption.py", *flags, "--beam", 3, cwd=folder)
     assert process.stdout.count("0.png:") == 1, process.stderr
-    content = train_gpt2.read_checkpoint(flags[3])
+    content = train_gpt2.read_checkpoint(flags[1])
     content["model"] = {name: p + 1e-3 for name, p in content["model"].items()}
     train_gpt2.save_checkpoint(tmp_path / "other.pt", content)
     (own / "3.gif").unlink()
-    process = run("caption.py", *flags[:2], "--lm", tmp_path / "other.pt", *flags[4:], cwd=folder)
-    assert_error(process, "was trained with --lm", "name that one")
+    process = run("caption.py", "--lm", tmp_path / "other.pt", *flags[2:], cwd=folder)
+    assert_error(process, "was trained with other weights of --lm", "--restart")
 
 
 @pytest.mark.parametrize("args, words", [
@@ -3841,6 +3842,11 @@ def test_many_pictures_in_order_and_what_must_not_be_overwritten(captions_run, s
     assert one.strip() == results[75]["caption"]
     photo = own / "000001.png"
     body = photo.read_bytes()
+    process = run("caption.py", *flags[:8], "--seed", 1, "--eval", cwd=folder)
+    assert_error(process, "no trained bridge")
+    out = folder / "runs/shapes-cross"
+    process = run("caption.py", *flags, "--seed", 1, "--out", out, cwd=folder)
+    assert_error(process, "was trained with --seed 0, not 1")
     for flag, file in (("--grid", photo), ("--grid", "."), ("--results", own)):
         process = run("caption.py", *command, photo, flag, file, cwd=tmp_path)
         assert_error(process, "cannot be written to")
@@ -3848,6 +3854,8 @@ def test_many_pictures_in_order_and_what_must_not_be_overwritten(captions_run, s
     process = run("caption.py", *flags[:8], "--export", "own/", cwd=folder)
     assert_error(process, "own/ is a folder")
     process = run("caption.py", *flags[:8], "--out", ".", cwd=folder)
+    assert_error(process, "has no name")
+    process = run("caption.py", *flags[:8], "--out", own, cwd=folder)
     assert_error(process, "has files, but no run")
     process = run("caption.py", *flags, "--sample", photo, "--lr", 0.5, cwd=folder)
     assert_error(process, "another recipe", "--restart")

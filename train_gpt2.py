@@ -1000,8 +1000,9 @@ def evaluate(path, data, limit):
     print(f"{path}, {folder}:")
     if data or folder.exists():
         _, val_sets, _ = open_data(folder, model.config)
+        tokens = 65_536 if device.type == "cpu" else Recipe.eval_tokens
         batch = math.ceil(16_384 / model.config.block_size)
-        validate(model, model.config, val_sets, tokenizer, Recipe.eval_tokens, batch, device)
+        validate(model, model.config, val_sets, tokenizer, tokens, batch, device)
     else:
         print("no validation loss: there are no shards (python fineweb.py downloads them)")
     if tokenizer.name != "gpt2" or model.config.block_size < 256:
@@ -1080,11 +1081,12 @@ def from_pretrained(path):
     tokenizer = config.get("tokenizer", "gpt2")
     n_vocab = check_vocabulary(path, tokenizer, len(table))
     rows = 64 * math.ceil(len(table) / 64)  # 50,257 rows make all products of the head slow
-    tensors["wte.weight"] = torch.cat([table, table.new_zeros(rows - len(table), C)])
+
     n_layer = sum(name.endswith("ln_1.weight") for name in tensors)
     config = GPTConfig(block_size, rows, n_layer, int(n_head), C, vocab_padding=rows - n_vocab)
     model = GPT(config)
     with fineweb.reading(path, "a whole GPT-2", RuntimeError):
+        tensors["wte.weight"] = F.pad(table, (0, 0, 0, rows - len(table)))
         for name in model.state_dict():
             tensors[name] = tensors[name].T if is_conv1d(name) else tensors[name]
         model.load_state_dict({name: tensors[name] for name in model.state_dict()})
@@ -1403,7 +1405,7 @@ class Run:
         """Go on where the checkpoint in the folder stopped; UserError if it is of another run."""
         what_to_do = "choose another --out, or --restart"
         refuse_other_files(self.out)
-        log = read_log(self.out / "log.csv")
+        log = [] if self.restart else read_log(self.out / "log.csv")
         checkpoint = self.read_own(what_to_do) if self.path.exists() else None
         if checkpoint and not self.restart:
             for key, value in self.identity.items():
@@ -1429,14 +1431,16 @@ class Run:
     def read_own(self, what_to_do):
         """The checkpoint in the folder; UserError if a run of another kind made it.
 
-        A damaged one is None with --restart, which is there for that.
+        With --restart one that cannot be read, or is not ours, is set aside.
         """
         try:
             checkpoint = read_checkpoint(self.path, what_to_do=what_to_do)
         except UserError:
-            if self.restart:
-                return None
-            raise
+            if not self.restart:
+                raise
+            if rank() == 0:
+                os.replace(self.path, self.path.with_name("unreadable.pt"))
+            return None
         if ("bridge" in checkpoint["run"]) != ("bridge" in self.identity):
             raise UserError(f"{self.out} has another kind of run", "choose another --out")
         return checkpoint
@@ -1483,8 +1487,6 @@ class Run:
 
     def stop_requested(self):
         """Whether a rank was asked to stop: then all do, at the same step."""
-        if world_size() == 1:
-            return self.signal is not None
         asked = torch.tensor(float(self.signal is not None), device=pick_device())
         return all_reduce(asked).item() > 0
 
@@ -1610,8 +1612,8 @@ def read_checkpoint(path, holds="run", what_to_do="name another"):
 
 
 def is_finished(path):
-    """Whether there is the checkpoint of a run that has come to its last step."""
-    return Path(path).exists() and read_checkpoint(path).get("finished", False)
+    """Whether there is the checkpoint of a run that has come to its last step (old ones have)."""
+    return Path(path).exists() and read_checkpoint(path).get("finished", True)
 
 
 def read_log(path):
@@ -1805,9 +1807,10 @@ def finish(run, model, tokenizer):
     for prompt in ("", "The ", "In the beginning"):
         length = min(model.config.block_size, 200)
         texts += complete(model, tokenizer, prompt, length, temperature=0.8, top_k=50)
+    samples = "".join(f"--- {text}\n" for text in texts)
     with fineweb.atomic_write(run.out / "samples.txt", "w") as file:
-        file.writelines(f"--- {text}\n" for text in texts)
-    print("".join(f"--- {text}\n" for text in texts))
+        file.write(samples)
+    print(samples)
     print(f"{run.seconds:.0f} s of training; {run.out} has checkpoint, log, curves and samples.")
     print(f'Next: python train_gpt2.py --sample "The " --ckpt {shlex.quote(str(run.out))}')
 
