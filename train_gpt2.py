@@ -1418,9 +1418,7 @@ class Run:
             for name in ("step", "seconds", "skipped", "best"):
                 setattr(self, name, checkpoint[name])
             recipe = checkpoint.get("recipe", asdict(self.recipe))
-            if self.step > self.recipe.max_steps or (
-                self.step == self.recipe.max_steps and recipe != asdict(self.recipe)
-            ):
+            if self.step >= self.recipe.max_steps and recipe != asdict(self.recipe):
                 problem = f"{self.out} has come to its end with another recipe"
                 raise UserError(problem, f"give more --steps than {self.step}, or {what_to_do}")
             self.rows = [row for row in log if row["step"] <= self.step]  # later rows are redone
