@@ -3735,6 +3735,22 @@ def test_mistakes_in_captioning_are_one_line(args, words, tmp_path, whole, toy_c
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", caption.BRIDGES)
+def test_a_bridge_does_not_notice_that_tokens_are_centered(name):
+    """A prefix to whose positions the mean token is added, so that a bridge reads another one."""
+    model = small_captioner(name)
+    model.decoder.wte.weight += torch.randn(32)  # as OpenAI's table has a mean
+    pictures = some_pictures(4)
+    vision = pictures.vision(range(4))
+    packed = model.pack(pictures.captions)
+    expected = model.loss(vision, packed).item()
+    scale = caption.token_scale(model.decoder)
+    train_gpt2.center_tokens(model.decoder)
+    assert model.loss(vision, packed).item() == pytest.approx(expected, rel=1e-5)
+    assert caption.token_scale(model.decoder) == pytest.approx(scale, rel=1e-5)
+
+
+@torch.no_grad()
 def test_captions_may_be_as_long_as_in_training():
     """Captions that end after 30 tokens, greedy, sampled and by beam search."""
     model = small_captioner("linear", config=dataclasses.replace(WIDE, block_size=64))
