@@ -2030,27 +2030,46 @@ def test_a_stop_in_an_evaluation_step_leaves_no_hole(tiny, whole, tmp_path, monk
 
 
 PIPED = """
-import os, subprocess, sys
-process = subprocess.Popen(sys.argv[2:], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+import os, signal, subprocess, sys
+options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
+process = subprocess.Popen(sys.argv[2:], **options)
 for line in process.stdout:
-    if line.startswith(b"step     10"):
+    if line.startswith(b"step     10") or line.startswith(b"step     20"):
         process.stdout.close()  # as `tee` that Ctrl-C has ended
         if sys.argv[1] != "0":
-            process.send_signal(int(sys.argv[1]))
+            os.killpg(process.pid, int(sys.argv[1]))
         break
 sys.exit(process.wait() % 256)
 """
 
 
+def without_a_reader(number, command, cwd):
+    """The exit code of a command whose output is closed after some steps, with a signal to all."""
+    command = [sys.executable, "-c", PIPED, int(number), sys.executable, "-u", *command]
+    return subprocess.run(list(map(str, command)), cwd=cwd, timeout=150).returncode
+
+
 @pytest.mark.parametrize("number", [0, signal.SIGINT])
 def test_a_run_without_a_reader_is_saved(tiny, whole, tmp_path, number):
     """`| tee log` and Ctrl-C, `| head -6`: a run that ends unsaved, with exit code 0."""
-    command = [sys.executable, "-u", HERE / "train_gpt2.py", *RUN_FLAGS, "--data", tiny]
-    code = subprocess.run([sys.executable, "-c", PIPED, str(int(number)), *map(str, command)],
-                          cwd=tmp_path, timeout=90).returncode
+    command = [HERE / "train_gpt2.py", *RUN_FLAGS, "--data", tiny]
+    code = without_a_reader(number, command, tmp_path)
     checkpoint = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)
     assert (code, checkpoint["finished"]) == ((130, False) if number else (0, True))
     assert number or outcome(tmp_path / "run")[1] == outcome(whole[0] / "run")[1]
+
+
+def test_ranks_and_bridges_without_a_reader_are_saved(tiny, captions_run, tmp_path):
+    """The same of torchrun, and of a bridge."""
+    module = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port()]
+    command = [*module, HERE / "train_gpt2.py", *RUN_FLAGS[:4], "--steps", 2000, "--data", tiny]
+    assert without_a_reader(signal.SIGINT, command, tmp_path) != 0
+    assert 10 <= torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["step"] < 2000
+    flags, _, _ = captions_run
+    command = [HERE / "caption.py", *flags, "--steps", 2000]
+    assert without_a_reader(signal.SIGINT, command, tmp_path) == 130
+    path = tmp_path / "runs/shapes-cross/ckpt.pt"
+    assert 10 <= torch.load(path, weights_only=True)["step"] < 2000
 
 
 def test_a_run_whose_terminal_is_closed_is_saved(tiny, tmp_path):
