@@ -1024,7 +1024,7 @@ def read_bridge(path):
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
     needed = {"bridge", "toy", "seed", "lm", "lm_digest", "clip", "clip_digest", "S", "D"}
     if not needed <= run.keys() or run["bridge"] not in BRIDGES:
-        raise UserError(f"{path} is not a bridge of this version", "name another, or train anew")
+        raise UserError(f"{path} is not a bridge of this version", "name another, or --restart")
     if not all(type(run[key]) is int and 0 < run[key] < 10**5 for key in ("S", "D")):
         raise UserError(f"{path} has impossible sizes", "get it again")
     return run, tensors
