@@ -1525,7 +1525,7 @@ class Run:
         left = tqdm.format_interval((self.recipe.max_steps - self.step) * per_step / rate)
         skipped = f" | skipped {self.skipped}" if self.skipped else ""
         begin = f"step {self.step:>6,} of {self.recipe.max_steps:,} | loss {loss:7.4f}"
-        speed = f"{rate:9,.0f} {self.unit}/s{hardware_use(rate * flops)}"
+        speed = f"{rate:9,.{0 if rate > 100 else 1}f} {self.unit}/s{hardware_use(rate * flops)}"
         rates = f"lr {lr:.2e} | norm {norm:5.2f}"
         print(f"{begin} | {rates} | {speed}{skipped} | {left} left", flush=True)
         return {
