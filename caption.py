@@ -29,6 +29,7 @@ import json
 import math
 import os
 import random
+import shlex
 import sys
 import textwrap
 from dataclasses import dataclass, replace
@@ -77,6 +78,7 @@ from train_gpt2 import MLP, KVCache, Recipe, Run, attention, autocast, get_lr, p
 # (4 x 8 of them, because the map is 4 x 4 cells of two words). The Q-Former's vectors begin one
 # place earlier, which it learns to live with; no newline follows either of them. With cross the
 # caption stands where the decoder has seen maps: the bridge has to overcome that, too.
+
 # -----------------------------------------------------------------------------
 # 1. The image encoder: what CLIP sees, as tokens
 
@@ -446,8 +448,9 @@ def train(name, setup, out, flags, restart=False, base=None):
     """Train a bridge, or go on with the run in `out`, until the last step; the loop of train_gpt2.
 
     The toy recipe is 500 steps of 32 pictures, each with its five captions; the full one, four
-    passes over COCO. flags: of the recipe, {name: value or None}. base: the file of a trained
-    bridge from which self-critical training (chapter 5) begins; None: cross-entropy.
+    passes over COCO (on a CPU one and a half). flags: of the recipe, {name: value or None}. base:
+    the file of a trained bridge from which self-critical training (chapter 5) begins; None:
+    cross-entropy.
     """
     device = pick_device()
     train_set = load_pictures(setup, "train")
@@ -1039,7 +1042,8 @@ def export(args):
     run, tensors = read_bridge(trained_bridge(out))
     with fineweb.atomic_write(path) as file:
         file.write(save(tensors, metadata={"run": json.dumps(run)}))
-    print(f"{path} has the bridge: python caption.py --ckpt {path} --sample img.jpg")
+    name = shlex.quote(str(path))
+    print(f"{path} has the bridge: python caption.py --ckpt {name} --sample img.jpg")
 
 
 # -----------------------------------------------------------------------------
@@ -1476,7 +1480,7 @@ def main():
     parts = parser.add_argument_group("the frozen parts and the pictures")
     parts.add_argument("--data", metavar="DIR", help="pictures in COCO's layout (data/coco)")
     parts.add_argument("--lm", metavar="CKPT", help="the decoder, as train_gpt2.py --ckpt names it")
-    parts.add_argument("--clip", help="open_clip NAME/TAG or NAME/FILE (ViT-L-14-quickgelu/openai)")
+    parts.add_argument("--clip", help=f"NAME/TAG or NAME/FILE ({CLIP_FOR_GPU} or, on a CPU, B-32)")
     training = parser.add_argument_group("training")
     training.add_argument("--steps", dest="max_steps", type=positive, help="updates of the bridge")
     training.add_argument("--batch", dest="batch_size", type=positive, help="pictures a step")

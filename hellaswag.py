@@ -23,8 +23,8 @@ ripping level tiles off." / "is holding a rubik's cube." / "starts pulling up ro
 Published for OpenAI's GPT-2 124M: token mean acc 0.2859, acc_norm 0.2955; harness acc 0.2892,
 acc_norm 0.3114. With 10,042 items the standard error is 0.0046.
 
-This file has the items and the counting; train_gpt2.py computes the losses of the endings (its
-chapter on packing). To read, in three minutes: what the model reads, and the two ways to count.
+This file has the items and the counting; train_gpt2.py computes the losses of the endings (see its
+chapter 6, packing). To read, in three minutes: what the model reads, and the two ways to count.
 """
 import json
 import math
