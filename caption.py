@@ -48,7 +48,8 @@ import coco_eval
 import fineweb
 import train_gpt2
 from fineweb import UserError, number
-from train_gpt2 import MLP, KVCache, Recipe, Run, attention, autocast, get_lr, pick_device, rank
+from train_gpt2 import MLP, KVCache, Recipe, Run, attention, autocast, get_lr, pick_device
+from train_gpt2 import rank, recipe_flags, share_out
 
 # -----------------------------------------------------------------------------
 # 0. Why it works
@@ -431,24 +432,18 @@ def get_micro_batches(train_set, captioner, recipe, seed, step):
         return sum(min(len(ids), captioner.room) for ids in captions)
 
     batches = []
-    for part in micro_batches_of(chosen, recipe):
+    for part in share_out(chosen, recipe):
         packed = captioner.pack([train_set.captions[i] for i in part])
         vision, packed = train_gpt2.pin(train_set.vision(part), packed)
         batches.append((vision, packed, targets(part) / targets(chosen)))
     return batches
 
 
-def micro_batches_of(chosen, recipe):
-    """The pictures of a step that are this rank's, in parts that are computed at once."""
-    mine = np.array_split(chosen, train_gpt2.world_size())[rank()]
-    return np.array_split(mine, math.ceil(len(mine) / recipe.micro_batch))
-
-
 def train(name, setup, out, flags, restart=False, base=None):
     """Train a bridge, or go on with the run in `out`, until the last step; the loop of train_gpt2.
 
     The toy recipe is 500 steps of 32 pictures, each with its five captions; the full one, four
-    passes over COCO (on a CPU one and a half). flags: of the recipe, {name: value or None}. base:
+    passes over COCO (on a CPU one and a half). flags: of the recipe, {name: value}. base:
     the file of a trained bridge from which self-critical training (chapter 5) begins; None:
     cross-entropy.
     """
@@ -458,48 +453,40 @@ def train(name, setup, out, flags, restart=False, base=None):
     torch.manual_seed(setup.seed)
     sizes = train_set.features.shape[1:]
     captioner = load_captioner(base, setup) if base else build(name, *sizes, setup.decoder)
-    captioner.to(device)
+    bridge = captioner.to(device).bridge
     recipe = choose_recipe(name, setup, len(train_set), flags, scst=bool(base))
-    optimizer = train_gpt2.configure_optimizer(captioner.bridge, recipe)
-    identity = run_identity(name, setup, train_set, recipe, captioner.bridge if base else None)
-    run = Run(out, identity, recipe, "pictures", restart)
-    run.names = {"lm": setup.lm, "clip": setup.clip}
-    run.resume(captioner.bridge, optimizer)
-    if run.step == recipe.max_steps:
+    optimizer = train_gpt2.configure_optimizer(bridge, recipe)
+    identity = run_identity(name, setup, train_set, recipe, bridge if base else None)
+    names = {"lm": setup.lm, "clip": setup.clip}
+    run = Run(out, identity, recipe, "pictures", restart, names)
+    run.resume(bridge, optimizer)
+    if run.finished:
         return
-    parameters = sum(p.numel() for p in captioner.bridge.parameters())
-    print(f"bridge     {out}: {parameters:,} trainable parameters", flush=True)
+    parameters = sum(p.numel() for p in bridge.parameters())
+    print(f"bridge     {out}: {parameters:,} trainable parameters")
     parallel = train_gpt2.parallelize(captioner, compile=False)
+    sources = (train_set, captioner, recipe, setup.seed)
     if base:
-        batches = sampled_batches(train_set, captioner, setup, recipe, run.step)
+        batches = sampled_batches(*sources, setup.tokenizer, run.step)
     else:
-        get_batches = functools.partial(
-            get_micro_batches, train_set, captioner, recipe, setup.seed)
+        get_batches = functools.partial(get_micro_batches, *sources)
         batches = train_gpt2.prefetch(get_batches, run.step, recipe.max_steps)
-    evaluate = functools.partial(
-        validate, captioner, val_set, run, setup.tokenizer if base else None)
+    tokenizer = setup.tokenizer if base else None
     with run:
-        if run.lacks_evaluation() or (base and run.step == 0):
-            run.log(evaluate())
-            run.save(captioner.bridge, optimizer)
-        for step, micro_batches in batches:
+        for step, parts in batches:
+            if step % recipe.eval_every == 0 and (step or base):
+                run.record(validate(captioner, val_set, run, tokenizer), bridge, optimizer)
             lr = get_lr(step, recipe)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
-            loss, norm = train_gpt2.train_step(parallel, optimizer, micro_batches, recipe, device)
+            loss, norm = train_gpt2.train_step(parallel, optimizer, parts, recipe, device)
             run.count_step(loss, norm)
-            stop = run.stop_requested() and run.step < recipe.max_steps
-            is_eval_step = run.is_eval_step()
-            row = {}
-            if run.step % recipe.log_every == 0 or run.step == 1 or is_eval_step or stop:
-                row = run.progress(loss, lr, norm, recipe.batch_size)
-            if is_eval_step and not stop:
-                row |= evaluate()
-            run.log(row)
-            if is_eval_step or stop:
-                run.save(captioner.bridge, optimizer)
+            stop = run.stop_requested()
+            if stop or run.step % recipe.log_every == 0 or run.step in (1, recipe.max_steps):
+                run.progress(loss, lr, norm)
             if stop:
-                run.exit()
+                run.save_and_exit(bridge, optimizer)
+        run.record(validate(captioner, val_set, run, tokenizer), bridge, optimizer)
 
 
 def validate(captioner, val_set, run, tokenizer=None):
@@ -508,13 +495,13 @@ def validate(captioner, val_set, run, tokenizer=None):
     tokenizer: given in self-critical training, where the best is that with the highest CIDEr-D.
     """
     token, caption = caption_loss(captioner, val_set, pick_device())
-    print(f"           val {token:.4f} nats per token, {caption:.3f} per caption", flush=True)
+    print(f"           val {token:.4f} nats per token, {caption:.3f} per caption")
     row = {"val_val": token}
     score = token  # the lower the better
     if tokenizer:
         scores, _ = score_captions(captioner, val_set, tokenizer)
         row["cider"] = scores["corpus"]["CIDEr"]
-        print(f"           CIDEr-D of greedy captions {row['cider']:.4f}", flush=True)
+        print(f"           CIDEr-D of greedy captions {row['cider']:.4f}")
         score = -row["cider"]
     if score < run.best and rank() == 0:
         run.best = score
@@ -554,7 +541,7 @@ ANCHOR = 0.5  # weight of the references' cross-entropy; rewards lie between 0 a
 END = "<end>"  # a word of the reward
 
 
-def sampled_batches(train_set, captioner, setup, recipe, first_step):
+def sampled_batches(train_set, captioner, recipe, seed, tokenizer, first_step):
     """Yield (step, [(vision, packed captions, their weights, share of the step's pictures)]).
 
     A picture's K samples and K of its references are packed together after its prefix, so one pass
@@ -566,18 +553,18 @@ def sampled_batches(train_set, captioner, setup, recipe, first_step):
         references.append([[*coco_eval.tokenize(text), END] for text in picture["captions"]])
     cider = coco_eval.CIDEr(references)
     for step in range(first_step, recipe.max_steps):
-        seed = (setup.seed * 10**6 + step) * 1000 + rank()
-        generator = torch.Generator(device).manual_seed(seed)
-        chosen = train_gpt2.step_indices(setup.seed, step, recipe.batch_size, len(train_set))
+        generator = torch.Generator(device)
+        generator.manual_seed((seed * 10**6 + step) * 1000 + rank())
+        chosen = train_gpt2.step_indices(seed, step, recipe.batch_size, len(train_set))
         batches = []
-        for part in micro_batches_of(chosen, recipe):
+        for part in share_out(chosen, recipe):
             vision = train_set.vision(part).to(device)
             drawn = draw_samples(captioner, vision, generator)
             groups = []
             rewards = []
             for i, samples in zip(part, drawn, strict=True):
                 groups.append(samples + train_set.captions[i][:SAMPLES])
-                rewards.append(rewards_of(samples, references[i], cider, setup.tokenizer))
+                rewards.append(rewards_of(samples, references[i], cider, tokenizer))
             advantages = advantages_of(torch.tensor(rewards))  # (B, K)
             weights = torch.cat([advantages, torch.full_like(advantages, ANCHOR)], dim=1) / SAMPLES
             batches.append((vision, captioner.pack(groups), weights, len(part) / len(chosen)))
@@ -817,28 +804,26 @@ def scene_facts(captioner, setup, val_set, texts):
 def write_scores(out, pictures, texts, scores, suffix):
     """results.json in COCO's format, scores.json and grid.png; the suffix is for beam search."""
     results = [{"image_id": p["id"], "caption": t} for p, t in zip(pictures, texts, strict=True)]
-    for name, content in (("results", results), ("scores", scores)):
-        with fineweb.atomic_write(out / f"{name}{suffix}.json", "w") as file:
-            json.dump(content, file)
+    fineweb.write_json(out / f"results{suffix}.json", results)
+    fineweb.write_json(out / f"scores{suffix}.json", scores)
     chosen = range(0, len(pictures), max(len(pictures) // 9, 1))[:9]
-    draw_grid(out / f"grid{suffix}.png", {pictures[i]["path"]: texts[i] for i in chosen})
+    draw_grid(out / f"grid{suffix}.png", [(pictures[i]["path"], texts[i]) for i in chosen])
 
 
-def draw_grid(path, captions, size=256):
-    """{path of a picture: its caption} as one PNG: captions below pictures, three in a row."""
+def draw_grid(path, cells, size=256, columns=3, below=96):
+    """[(picture or its path, its caption), ...] as one PNG. below: pixels for the caption."""
     font = ImageFont.load_default(17)
     gap = 24
-    below = 96  # for the caption
-    height = math.ceil(len(captions) / 3) * (size + below) + gap
-    sheet = Image.new("RGB", (3 * (size + gap) + gap, height), "white")
+    height = math.ceil(len(cells) / columns) * (size + below) + gap
+    sheet = Image.new("RGB", (columns * (size + gap) + gap, height), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (picture, caption) in enumerate(captions.items()):
-        x = gap + i % 3 * (size + gap)
-        y = gap + i // 3 * (size + below)
-        image = coco_eval.load_image(picture)
+    for i, (picture, caption) in enumerate(cells):
+        x = gap + i % columns * (size + gap)
+        y = gap + i // columns * (size + below)
+        image = picture if isinstance(picture, Image.Image) else coco_eval.load_image(picture)
         sheet.paste(ImageOps.pad(image, (size, size), color="white"), (x, y))
         caption = caption.encode("latin-1", "replace").decode("latin-1")  # all that the font has
-        lines = textwrap.wrap(caption, 31)[:4]
+        lines = textwrap.wrap(caption, size // 8)[:4]
         draw.multiline_text((x, y + size + 6), "\n".join(lines), "#111827", font)
     with fineweb.atomic_write(path) as file:
         sheet.save(file, "PNG")
@@ -897,6 +882,54 @@ def comparison(results):
 
 
 # -----------------------------------------------------------------------------
+# What each word looks at (Xu et al. 2015, figure 2)
+
+
+@torch.no_grad()
+def look(captioner, vision, text, tokenizer):
+    """(the words of a caption, how much each sees of the vision tokens: (words, S)).
+
+    It is the attention where a word is predicted, the mean over heads and layers, in a pass over
+    the picture (1, S, D) and the text. Behind a Q-Former words see queries, and those the picture.
+    """
+    ids = tokenizer.encode_ordinary(text)
+    packed = captioner.pack([[[*ids, captioner.eot]]]).to(vision.device)
+    train_gpt2.recorded = weights = []
+    try:
+        with autocast(vision.device):
+            captioner.loss(vision, packed)
+    finally:
+        train_gpt2.recorded = None
+    weights = [layer.float().mean((0, 1)) for layer in weights]  # each (queries, keys)
+    n_layer = len(captioner.decoder.h)
+    if isinstance(captioner.bridge, CrossAttentionBridge):
+        seen = torch.stack(weights[::2]).mean(0)  # (P + T, S), before each block's own
+    else:
+        seen = torch.stack(weights[-n_layer:]).mean(0)[:, : captioner.bridge.P]
+    if isinstance(captioner.bridge, QFormerBridge):
+        seen = seen @ torch.stack(weights[1:-n_layer:2]).mean(0)  # (P + T, 32) @ (32, S)
+    seen = seen[packed.source[0, : len(ids)]].cpu().numpy()
+    pieces = [tokenizer.decode_single_token_bytes(token) for token in ids]
+    starts = [k for k in range(1, len(ids)) if pieces[k].startswith(b" ")]
+    words = [b"".join(part).decode(errors="replace") for part in np.split(pieces, starts)]
+    return words, [part.mean(0) for part in np.split(seen, starts)]
+
+
+def draw_attention(path, picture, words, seen):
+    """The picture once for each word, light where it looks, with the share of the class token."""
+    image = ImageOps.fit(coco_eval.load_image(picture), (160, 160))  # the square that CLIP sees
+    dark = Image.blend(image, Image.new("RGB", image.size), 0.5)
+    white = Image.new("RGB", image.size, "white")
+    cells = []
+    for word, weights in zip(words, seen, strict=True):
+        light = np.uint8(170 * weights[1:].reshape(4, 8) / weights[1:].max())
+        light = Image.fromarray(light).resize(image.size, Image.BILINEAR)
+        share = weights[0] / weights.sum()
+        cells.append((Image.composite(white, dark, light), f"{word.strip()}  {share:.0%}"))
+    draw_grid(path, cells, size=160, columns=6, below=40)
+
+
+# -----------------------------------------------------------------------------
 # Your own pictures
 
 PICTURE_SUFFIXES = ".jpg .jpeg .jfif .png .gif .webp .avif .bmp .tif .tiff".split()
@@ -928,7 +961,9 @@ def find_pictures(names):
 def sample(args):
     """Caption your own pictures with the best bridge of a run, training first what is missing."""
     paths = find_pictures(args.sample)
-    for file in filter(None, (args.grid, args.results)):
+    if args.attention and len(paths) > 1:
+        raise UserError("--attention draws one picture", "name only one")
+    for file in filter(None, (args.grid, args.results, args.attention)):
         if Path(file).is_dir() or Path(file).resolve() in [path.resolve() for path in paths]:
             raise UserError(f"{file} cannot be written to", "name another file")
     if len(paths) == 1:
@@ -945,17 +980,21 @@ def sample(args):
     captions = {}
     for path, texts in caption_pictures(captioner, setup, paths, args.num or 1, options):
         for text in texts:
-            print(f"{path}: {text}", flush=True)
+            print(f"{path}: {text}")
         captions[path] = texts[0]
     if not captions:
         raise UserError("none of these pictures can be read", "name others")
     if args.grid:
-        draw_grid(args.grid, captions)
+        draw_grid(args.grid, captions.items())
         print(f"{args.grid} has the pictures with their captions")
+    if args.attention:
+        vision = pool_tokens(setup.encoder(setup.encoder.prepare(paths[0])[None]))
+        words, seen = look(captioner, vision, captions[paths[0]], setup.tokenizer)
+        draw_attention(args.attention, paths[0], words, seen)
+        print(f"{args.attention} has what each word looks at, and the share of the class token")
     if args.results:
         results = [{"image_id": str(path), "caption": text} for path, text in captions.items()]
-        with fineweb.atomic_write(args.results, "w") as file:
-            json.dump(results, file)
+        fineweb.write_json(args.results, results)
         print(f"{args.results} has the captions")
 
 
@@ -986,17 +1025,14 @@ def caption_pictures(captioner, setup, paths, num, options):
 def trained_captioner(args):
     """(file of a bridge, Setup) for the flags: --ckpt, or a run, which is trained if it must be."""
     if args.ckpt:
-        return args.ckpt, open_setup(choose_parts(args, read_bridge(args.ckpt)[0]))
-    out, parts = choose_run(args, seed=0)
+        return args.ckpt, open_setup(choose_parts(args, run=read_bridge(args.ckpt)[0]))
+    out, parts, base = choose_run(args, seed=0)
     flags = recipe_flags(args)
-    changed = any(value is not None for value in flags.values())
-    if not args.restart and not changed and train_gpt2.is_finished(out / "ckpt.pt"):
-        return out / "best.pt", open_setup(parts)
-    base = base_of(args, out)  # or an error, before anything is loaded
     setup = open_setup(parts)
-    print(f"missing    the bridge: training {args.bridge}", flush=True)
-    train(args.bridge, setup, out, flags, args.restart, base)
-    evaluate(out, setup)
+    if args.restart or flags or not train_gpt2.is_finished(out / "ckpt.pt"):
+        print(f"missing    the bridge: training {args.bridge}")
+        train(args.bridge, setup, out, flags, args.restart, base)
+        evaluate(out, setup)
     return out / "best.pt", setup
 
 
@@ -1038,8 +1074,7 @@ def export(args):
     path = Path(args.export.removesuffix(".safetensors") + ".safetensors")
     if args.export.endswith("/") or Path(args.export).is_dir():
         raise UserError(f"{args.export} is a folder", "name a file")
-    out, _ = choose_run(args, args.seed)
-    run, tensors = read_bridge(trained_bridge(out))
+    run, tensors = read_bridge(trained_bridge(choose_run(args, args.seed)[0]))
     with fineweb.atomic_write(path) as file:
         file.write(save(tensors, metadata={"run": json.dumps(run)}))
     name = shlex.quote(str(path))
@@ -1094,21 +1129,23 @@ def cached_features(encoder, pictures, name):
     whole = path.exists() and path.stat().st_size == 2 * math.prod(shape)
     if not whole:
         encode_pictures(encoder, pictures, path, shape)
-    if not whole or not list_file.exists():
-        unreadable = np.isnan(np.memmap(path, np.float16, "r", shape=shape)[:, 0, 0])
-        left_out = np.flatnonzero(unreadable).tolist()
-    else:
-        left_out = []
-        for i in json.loads(list_file.read_bytes()):
+    features = np.memmap(path, np.float16, "r+", shape=shape)
+    if whole and list_file.exists():
+        left_out = json.loads(list_file.read_bytes())
+        for i in left_out:
             image = prepared(encoder, pictures[i])[None]
-            if image.isnan().any():
-                left_out.append(i)
-            else:
-                tokens = pool_tokens(encoder(image)).cpu().numpy().astype(np.float16)
-                np.memmap(path, np.float16, "r+", shape=shape)[i] = tokens[0]
-    with fineweb.atomic_write(list_file, "w") as file:
-        json.dump(left_out, file)
-    return np.memmap(path, np.float16, "r", shape=shape), left_out
+            if not image.isnan().any():
+                features[i] = encode(encoder, image)[0]
+        left_out = [i for i in left_out if np.isnan(features[i, 0, 0])]
+    else:
+        left_out = np.flatnonzero(np.isnan(features[:, 0, 0])).tolist()
+    fineweb.write_json(list_file, left_out)
+    return features, left_out
+
+
+def encode(encoder, images):
+    """Vision tokens (B, S, D), float16, of prepared pictures."""
+    return pool_tokens(encoder(images)).cpu().numpy().astype(np.float16)
 
 
 def encode_pictures(encoder, pictures, path, shape):
@@ -1130,8 +1167,7 @@ def encode_pictures(encoder, pictures, path, shape):
         bar = tqdm(loader, "vision tokens", initial=done, total=batches, unit_scale=CLIP_BATCH,
                    unit=" pictures", disable=None)
         for _, batch in bar:
-            tokens = pool_tokens(encoder(batch)).cpu().numpy().astype(np.float16)
-            file.write(tokens.tobytes())
+            file.write(encode(encoder, batch).tobytes())
         file.flush()
         os.replace(part, path)
 
@@ -1180,7 +1216,7 @@ class Setup(Parts):
     decoder_digest: str
 
 
-def choose_parts(args, run=None, seed=0):
+def choose_parts(args, seed=0, run=None):
     """The Parts for the flags, or else those of the bridge whose `run` is given.
 
     UserError, before anything is loaded, for a flag that names another part than the run has. What
@@ -1188,24 +1224,18 @@ def choose_parts(args, run=None, seed=0):
     """
     has_gpu = pick_device().type == "cuda"
     toy = not args.data and not (has_gpu and Path("data/coco").exists())
-    if run:
-        toy = run["toy"]
-        if seed not in (0, run["seed"]):
-            problem = f"the bridge was trained with --seed {run['seed']}, not {seed}"
-            raise UserError(problem, "leave the flag out, or choose another --out")
-        seed = run["seed"]
-        for part, given in (("lm", args.lm), ("clip", args.clip), ("bridge", args.bridge)):
-            on_disk = given and (Path(given).exists() or Path(given.partition("/")[2]).is_file())
-            if given and given != run[part] and not on_disk:
-                problem = f"the bridge was trained with --{part} {run[part]}, not {given}"
-                raise UserError(problem, "leave the flag out, or train anew")
     suffix = f"-{seed}" if seed else ""
     if run:
-        lm = run["lm"]
-        clip = run["clip"]
+        given = {"seed": seed, "bridge": args.bridge, "lm": args.lm, "clip": args.clip}
+        for flag, value in given.items():
+            on_disk = Path(str(value)).exists() or Path(str(value).partition("/")[2]).is_file()
+            if value and value != run[flag] and not on_disk:
+                problem = f"the bridge was trained with --{flag} {run[flag]}, not {value}"
+                raise UserError(problem, "leave the flag out, or choose another --out")
+        toy, seed = run["toy"], run["seed"]
+        lm, clip = run["lm"], run["clip"]
     elif toy:
-        lm = f"runs/tiny{suffix}/ckpt.pt"
-        clip = f"runs/toy-clip{suffix}/ckpt.pt"
+        lm, clip = f"runs/tiny{suffix}/ckpt.pt", f"runs/toy-clip{suffix}/ckpt.pt"
     else:
         lm = "runs/gpt2/ckpt.pt" if train_gpt2.is_finished("runs/gpt2/ckpt.pt") else "gpt2"
         clip = CLIP_FOR_GPU if has_gpu else CLIP_FOR_CPU
@@ -1218,18 +1248,15 @@ def open_setup(parts):
     if parts.toy:
         make_toy_parts(parts)
     else:
-        why = ""
+        print(f"setup      decoder {parts.lm}, pictures {parts.data}, CLIP {parts.clip}")
         if parts.clip == CLIP_FOR_CPU and pick_device().type == "cpu":
-            why = f" (there is no GPU: {CLIP_FOR_GPU} is 18 times as much work)"
-        print(f"setup      decoder {parts.lm}, pictures {parts.data}")
-        print(f"           CLIP {parts.clip}{why}", flush=True)
+            print(f"           (there is no GPU: {CLIP_FOR_GPU} is 18 times as much work)")
     with train_gpt2.rank_zero_first():
         decoder, tokenizer, _ = train_gpt2.load_model(parts.lm)
         decoder_digest = fingerprint(decoder)
         encoder = load_clip(parts.clip)
     train_gpt2.freeze(decoder, pick_device())
-    return Setup(**vars(parts), encoder=encoder, decoder=decoder, tokenizer=tokenizer,
-                 decoder_digest=decoder_digest)
+    return Setup(*vars(parts).values(), encoder, decoder, tokenizer, decoder_digest)
 
 
 def make_toy_parts(parts):
@@ -1240,7 +1267,7 @@ def make_toy_parts(parts):
     suffix = f"-{parts.seed}" if parts.seed else ""
     out = f"runs/tiny{suffix}"
     if parts.lm == f"{out}/ckpt.pt" and not train_gpt2.is_finished(parts.lm):
-        print(f"missing    the decoder: python train_gpt2.py --preset tiny --out {out}", flush=True)
+        print(f"missing    the decoder: python train_gpt2.py --preset tiny --out {out}")
         data = train_gpt2.default_data("tiny")
         with train_gpt2.rank_zero_first():
             fineweb.make_toy_text(data)
@@ -1250,10 +1277,10 @@ def make_toy_parts(parts):
             raise UserError(f"the decoder: {error.args[0]}", f"finish or remove {out}") from error
     with train_gpt2.rank_zero_first():
         if parts.data == Path("data/shapes") and not (parts.data / "unseen").exists():
-            print(f"missing    the pictures: drawing them in {parts.data}", flush=True)
+            print(f"missing    the pictures: drawing them in {parts.data}")
             coco_eval.make_shapes(parts.data)
         if parts.clip == f"runs/toy-clip{suffix}/ckpt.pt" and not Path(parts.clip).exists():
-            print("missing    the image encoder: a tiny CLIP on these pictures", flush=True)
+            print("missing    the image encoder: a tiny CLIP on these pictures")
             train_clip(parts.data, parts.clip, parts.seed)
 
 
@@ -1382,25 +1409,20 @@ TOY_RATES = {"linear": (2.8e-2, 1.4), "cross": (1e-2, 2), "qformer": (7e-3, 2)}
 FULL_RATES = {"linear": (2e-3, 0), "cross": (4e-4, 0), "qformer": (4e-4, 0)}
 
 
-def recipe_flags(args):
-    """The flags that change a recipe, {name: value or None}."""
-    return {name: getattr(args, name) for name in ("max_steps", "batch_size", "micro_batch", "lr")}
-
-
 def choose_recipe(name, setup, pictures, flags, scst=False):
     """All bridges share one budget; only the learning rates are each one's own."""
     rates = TOY_RATES if setup.toy else FULL_RATES
     lr, muon = rates["linear" if name == "blind" else name]
     has_gpu = pick_device().type == "cuda"
     passes = 4 if has_gpu else 1.5  # over the photographs: an hour on a laptop
-    batch = flags["batch_size"] or (64 if has_gpu and not setup.toy else 32)
+    batch = flags.get("batch_size", 64 if has_gpu and not setup.toy else 32)
     steps = 500 if setup.toy else math.ceil(passes * pictures / batch)
     decay = 0.1
     if scst:  # a step samples captions, which takes longer, and only corrects
         steps = math.ceil(0.6 * steps)
         lr /= 10
         decay = 0.0
-    steps = flags["max_steps"] or steps
+    steps = flags.get("max_steps", steps)
     warmup = max(1, round(0.03 * steps))
     evaluations = 10 if has_gpu or setup.toy else 4
     recipe = Recipe(steps, batch, batch, lr, warmup, cooldown=0.6, muon=muon, weight_decay=decay,
@@ -1438,20 +1460,18 @@ def run_folder(args, parts, name, scst=False):
 
 
 def choose_run(args, seed):
-    """(folder, Parts) of the bridge that the flags name; a run's own parts, unless it restarts."""
-    parts = choose_parts(args, seed=seed)
+    """(folder, Parts, base) for the flags; the Parts are a run's own, unless it restarts.
+
+    base: the file of the bridge from which --scst goes on, else None.
+    """
+    parts = choose_parts(args, seed)
     out = run_folder(args, parts, args.bridge, args.scst)
-    trained = run_folder(args, parts, args.bridge)  # on which --scst is based
-    train_gpt2.refuse_other_files(out)
-    path = trained / "best.pt"
-    if path.exists() and (args.scst or not args.restart):
-        parts = choose_parts(args, read_bridge(path)[0], seed)
-    return out, parts
-
-
-def base_of(args, out):
-    """The file of the bridge from which --scst goes on, else None."""
-    return trained_bridge(out.with_name(out.name.removesuffix("-scst"))) if args.scst else None
+    train_gpt2.refuse_other_files(out, "pictures")
+    base = trained_bridge(run_folder(args, parts, args.bridge)) if args.scst else None
+    bridge = base or out / "best.pt"
+    if bridge.exists() and (base or not args.restart):
+        parts = choose_parts(args, seed, read_bridge(bridge)[0])
+    return out, parts, base
 
 
 def trained_bridge(folder):
@@ -1496,6 +1516,7 @@ def main():
     captions.add_argument("--beam", type=number(int, 2, 100), metavar="W", help="else greedy")
     captions.add_argument("--grid", metavar="FILE", help="draw the pictures with their captions")
     captions.add_argument("--results", metavar="FILE", help="write the captions as COCO's results")
+    captions.add_argument("--attention", metavar="FILE", help="draw what each word looks at")
     sampling = parser.add_argument_group("sampling, instead of the most probable caption")
     sampling.add_argument("--num", type=number(int, 1, 1000), help="captions for each picture")
     sampling.add_argument("--temperature", type=number(float, 0, 100), help="(0.8)")
@@ -1505,7 +1526,7 @@ def main():
         raise UserError("there is nothing to do", "give --bridge linear, --compare, or --ckpt")
     train_gpt2.join_processes()
     if args.compare:
-        parser.only("--compare", "--compare", "--out", "--seed", "--seeds", parts, training)
+        parser.only("--compare", "--out", "--seed", "--seeds", parts, training)
         compare(args)
     elif args.sample:
         groups = [captions] if args.beam else [captions, sampling]
@@ -1513,19 +1534,18 @@ def main():
             groups.append("--seed")
         groups += ["--lm", "--clip"] if args.ckpt else [parts, training, "--scst", "--out"]
         task = "--sample" + (" with --beam" if args.beam else "")
-        parser.only(task, "--sample", "--bridge", *groups)
+        parser.only(task, "--bridge", *groups)
         sample(args)
     elif args.export:
-        parser.only("--export", "--export", "--bridge", "--scst", "--out", "--seed", parts)
+        parser.only("--export", "--bridge", "--scst", "--out", "--seed", parts)
         export(args)
     else:
         what = "--eval" if args.eval else "training"
-        parser.only(what, "--eval", "--beam", "--bridge", "--scst", "--out", "--seed", parts,
+        parser.only(what, "--beam", "--bridge", "--scst", "--out", "--seed", parts,
                     *([] if args.eval else [training]))
-        out, chosen = choose_run(args, args.seed)
+        out, chosen, base = choose_run(args, args.seed)
         if args.eval:
             trained_bridge(out)  # or an error
-        base = None if args.eval else base_of(args, out)
         setup = open_setup(chosen)
         if not args.eval:
             train(args.bridge, setup, out, recipe_flags(args), args.restart, base)

@@ -706,8 +706,7 @@ def make_shapes(folder, images=TRAIN_IMAGES):
                 for caption in fineweb.captions(scene, rng):
                     annotations.append({"image_id": id, "caption": caption})
             content = {"images": entries, "annotations": annotations}
-            with fineweb.atomic_write(building / f"annotations/captions_{split}.json", "w") as file:
-                json.dump(content, file)
+            fineweb.write_json(building / f"annotations/captions_{split}.json", content)
 
 
 def toy_scene(entry):
@@ -795,8 +794,7 @@ def score_file(references_path, results_path, out):
         raise UserError(f"{out} is a folder", "name a file with --out")
     references = read_references(references_path)
     scores = evaluate(references, read_results(results_path))
-    with fineweb.atomic_write(out, "w") as file:
-        json.dump(scores, file)
+    fineweb.write_json(out, scores)
     print(f"{table(scores, len(references))}\nall scores, of each picture too: {out}")
 
 
@@ -812,14 +810,14 @@ def main():
     parser.add_argument("--val-only", action="store_true", help="its validation pictures: 1.1 GB")
     args = parser.parse_args()
     if args.download:
-        parser.only("--download", "--download", "--val-only")
+        parser.only("--download", "--val-only")
         download_coco(args.download, args.val_only)
     elif args.make_shapes:
-        parser.only("--make-shapes", "--make-shapes")
+        parser.only("--make-shapes")
         make_shapes(args.make_shapes)
         print(f"the pictures are in {args.make_shapes}")
     elif args.references:
-        parser.only("--results", "--results", "--references", "--out")
+        parser.only("--results", "--references", "--out")
         score_file(args.references, args.results, args.out or "scores.json")
     else:
         raise UserError("--results needs the captions that people wrote", "give --references")

@@ -19,6 +19,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -128,8 +129,7 @@ def read_shard(path):
 
 def write_tokens_info(folder, tokenizer, source):
     """tokens.json names the tokenizer of a folder's shards, "gpt2" or "tiny", and their source."""
-    with atomic_write(Path(folder) / "tokens.json", "w") as file:
-        json.dump({"tokenizer": tokenizer, "source": source}, file)
+    write_json(Path(folder) / "tokens.json", {"tokenizer": tokenizer, "source": source})
 
 
 def read_tokens_info(folder):
@@ -375,29 +375,20 @@ def read_documents(paths):
     Raises UserError, naming the place, for bytes that are not UTF-8 and a line without "text".
     """
     for path in map(Path, paths):
-        kind = path.suffix.lower()
-        if kind == ".txt":
-            with reading(path, "text in UTF-8"):
-                text = path.read_bytes().decode("utf-8-sig")  # line ends stay
-            texts = [text]
-        elif kind == ".jsonl":
-            texts = read_jsonl(path)
-        else:
+        is_json = path.suffix.lower() == ".jsonl"
+        if not is_json and path.suffix.lower() != ".txt":
             raise UserError(f"{path} is not .txt or .jsonl", "convert or rename it")
-        yield from filter(None, texts)
-
-
-def read_jsonl(path):
-    """Yield "text" of each line."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            text = ""
-            with reading(f"{path} line {number}", 'a JSON object with a "text", in UTF-8'):
-                if line.strip():
-                    text = json.loads(line.decode("utf-8-sig"))["text"]
-                if not isinstance(text, str):
-                    raise TypeError(f"its text is {text}")
-            yield text
+        what = 'a JSON object with a "text", in UTF-8' if is_json else "text in UTF-8"
+        with open(path, "rb") as file:
+            for number, part in enumerate(file if is_json else [file.read()], 1):
+                with reading(f"{path} line {number}" if is_json else path, what):
+                    text = part.decode("utf-8-sig")
+                    if is_json and text.strip():
+                        text = json.loads(text)["text"]
+                    if not isinstance(text, str):
+                        raise TypeError(f"its text is {text}")
+                if text.strip():
+                    yield text
 
 
 def text_to_shards(paths, folder, val_fraction=0.01, shard_tokens=SHARD_TOKENS):
@@ -477,7 +468,7 @@ def main():
     parser.add_argument("--out", help="new folder (FineWeb-Edu: data/fineweb_edu)")
     args = parser.parse_args()
     if args.text:
-        parser.only("--text", "--text", "--out")
+        parser.only("--text", "--out")
         if not args.out:
             raise UserError("--text needs a new folder for its shards", "give --out")
         text_to_shards(args.text, args.out)
@@ -498,13 +489,7 @@ class UserError(Exception):
 
 def command_line(main):
     """Run main(); a UserError, or a file that the system refuses, is one line and exit code 2."""
-    for number in range(3):  # a stream that is closed (>&-) would lend its number to a checkpoint
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-    sys.stdout = Output(sys.stdout)
-    sys.stderr = Output(sys.stderr)
+    open_streams()
     try:
         main()
     except KeyboardInterrupt:
@@ -524,33 +509,29 @@ def command_line(main):
         sys.exit(2)
 
 
-class Output:
-    """A standard stream; when its reader has gone (`| head -1`, a closed terminal), work goes on.
+class Stream(io.FileIO):
+    """A standard stream; when its reader has gone (`| head -1`, a closed terminal), work goes on."""
 
-    A character that the terminal does not have is shown as "?".
-    """
-
-    def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")
-        self.stream.reconfigure(errors="replace")
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        self.attempt(self.stream.write, text)
-
-    def flush(self):
-        self.attempt(self.stream.flush)
-
-    def attempt(self, method, *args):
+    def write(self, data):
         try:
-            method(*args)
+            return super().write(data)
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.EIO):
                 raise
-            # what is still to be written goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            return len(data)  # it goes nowhere
+
+
+def open_streams():
+    """Make Streams of stdout and stderr, on which a character without a glyph becomes "?"."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:  # closed (>&-): its number would be lent to a checkpoint
+            os.open(os.devnull, os.O_RDWR)
+        if number:
+            encoding = getattr(getattr(sys, name), "encoding", "utf-8")
+            buffer = io.BufferedWriter(Stream(number, "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(buffer, encoding, "replace", line_buffering=True))
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -575,7 +556,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
         allowed: flags, and groups of flags as add_argument_group() returns them.
         """
-        useless = set(self.given)
+        useless = self.given - {task.split()[0]}
         for each in allowed:
             actions = [] if isinstance(each, str) else each._group_actions
             useless -= {each, *(action.option_strings[0] for action in actions)}
@@ -626,7 +607,7 @@ def atomic_write(path, mode="wb", **options):
     """Open a temporary file beside `path`, which takes that name when it is whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     if "b" not in mode:
         options.setdefault("encoding", "utf-8")
     try:
@@ -637,6 +618,12 @@ def atomic_write(path, mode="wb", **options):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    """Write JSON, all or nothing."""
+    with atomic_write(path, "w") as file:
+        json.dump(content, file)
 
 
 def is_empty(folder):
@@ -722,42 +709,31 @@ def download(url, path, size=None, digest=None, tries=5, anew=False):
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
-
-    def is_there():
-        return path.exists() and size in (None, path.stat().st_size)
-
-    if is_there() and not anew:
+    if path.exists() and not anew and size in (None, path.stat().st_size):
         return path
     require_space(path.parent, (size or 0) - (part.stat().st_size if part.exists() else 0))
+    otherwise = "get it by other means" if anew else f"put it at {path}"
     with lock(part):
         if anew:
             part.write_bytes(b"")
-        if anew or not is_there():  # another process may have been faster
-            otherwise = "get it by other means" if anew else f"put it at {path}"
-            fetch(url, part, otherwise, tries)
-            wrong = size not in (None, part.stat().st_size)
-            if wrong or (digest and file_digest(part, digest) != digest):
-                part.unlink()
-                raise UserError(f"{url} is not the expected file", f"try again, or {otherwise}")
-            os.replace(part, path)
-        part.unlink(missing_ok=True)
+        failures = 0
+        while True:
+            before = part.stat().st_size
+            try:
+                fetch_rest(url, part)
+                break
+            except (requests.RequestException, ValueError) as error:  # no network, 5xx, no address
+                failures = 0 if part.stat().st_size > before else failures + 1
+                if failures == tries:
+                    what_to_do = f"check the network, or {otherwise}"
+                    raise UserError(f"{url} cannot be reached", what_to_do) from error
+                time.sleep(2**failures)
+        wrong = size not in (None, part.stat().st_size)
+        if wrong or (digest and file_digest(part, digest) != digest):
+            part.unlink()
+            raise UserError(f"{url} is not the expected file", f"try again, or {otherwise}")
+        os.replace(part, path)
     return path
-
-
-def fetch(url, part, otherwise, tries):
-    """Download `url` to `part`, in as many pieces as a bad line makes of it."""
-    part.touch()
-    failures = 0
-    while True:
-        before = part.stat().st_size
-        try:
-            return fetch_rest(url, part)
-        except (requests.RequestException, ValueError) as error:  # no network, 5xx, no address
-            failures = 0 if part.stat().st_size > before else failures + 1
-            if failures == tries:
-                what_to_do = f"check the network, or {otherwise}"
-                raise UserError(f"{url} cannot be reached", what_to_do) from error
-            time.sleep(2**failures)
 
 
 def fetch_rest(url, part):

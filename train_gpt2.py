@@ -20,11 +20,9 @@ evaluation, using a model, devices and processes, the folder of a run, the comma
 
 Letters beside the code: B batch, T time (tokens), C width, nh heads, hs head size, V vocabulary,
 P prefix, N targets of a row. GPT-2: Radford et al. 2019; its training: Brown et al. 2020 (GPT-3).
-test_...: a test in test_all.py.
 """
 import contextlib
 import csv
-import dataclasses
 import datetime
 import functools
 import hashlib
@@ -42,7 +40,7 @@ import zipfile
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +65,7 @@ from fineweb import UserError, number
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT-2."""
+    """The shape of a GPT-2; by default that of the smallest, with 124 M parameters."""
 
     block_size: int = 1024  # the longest context, in tokens
     vocab_size: int = 50257  # rows of the token table
@@ -94,12 +92,11 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, mask=None, cache=None):
         B, T, C = x.shape
-        nh = self.n_head
         q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
-        q = q.view(B, T, nh, C // nh).transpose(1, 2)  # (B, nh, T, hs)
-        k = k.view(B, T, nh, C // nh).transpose(1, 2)
-        v = v.view(B, T, nh, C // nh).transpose(1, 2)
-        if cache is not None:
+        q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, self.n_head, -1).transpose(1, 2)
+        v = v.view(B, T, self.n_head, -1).transpose(1, 2)
+        if cache is not None:  # chapter 2
             k, v = cache.extend(k, v)  # (B, nh, all so far, hs)
         # a single new position may see everything so far, so it needs no causal mask
         y = attention(q, k, v, mask, is_causal=mask is None and T > 1)
@@ -107,17 +104,26 @@ class CausalSelfAttention(nn.Module):
         return self.c_proj(y)
 
 
+recorded = None  # a list that takes the weights, while someone wants to see them (caption.py)
+
+
 def attention(q, k, v, mask=None, is_causal=False):
     """Each query's mean of the values, weighted by how well it matches their keys: (B, nh, T, hs).
 
-        scores = q @ k.transpose(-2, -1) / math.sqrt(hs)               # (B, nh, T, T)
-        scores = scores.masked_fill(~mask, -math.inf)                  # causal mask: not the future
-        y = scores.softmax(dim=-1) @ v
-
-    FlashAttention (Dao et al. 2022) computes the same in tiles and never stores the scores;
-    PyTorch chooses it on GPUs (tested by test_decoder_equals_a_plain_float64_one).
+    FlashAttention (Dao et al. 2022) computes the same as the plain form here, but in tiles, and
+    never stores the scores; PyTorch chooses it on GPUs (tested by
+    test_decoder_equals_a_plain_float64_one and test_recorded_attention_is_the_fused_one).
     """
-    return fused_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+    if recorded is None:
+        return fused_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, nh, T, T)
+    if is_causal:
+        mask = torch.ones_like(scores, dtype=torch.bool).tril()  # causal mask: not the future
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    weights = scores.softmax(dim=-1)
+    recorded.append(weights)
+    return weights @ v
 
 
 class MLP(nn.Module):
@@ -150,12 +156,13 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2, with OpenAI's names of tensors. Its steps: embed, hidden_states, logits or loss."""
+    """GPT-2, with OpenAI's names of tensors."""
+
+    center = 0.0  # what center_tokens() has moved from the token table to the positions
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.center = 0.0  # what center_tokens() has moved from the token table to the positions
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # of tokens
         self.wpe = nn.Embedding(config.block_size, config.n_embd)  # of positions, learned
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -172,6 +179,13 @@ class GPT(nn.Module):
         if config.sinusoids:
             self.wpe.weight.data = sinusoids(config.block_size, config.n_embd, config.init_std)
 
+    def forward(self, idx, targets=None):
+        """Token ids (B, T) to (logits (B, T, V), None); with targets to (None, mean loss)."""
+        h = self.hidden_states(self.embed(idx))  # (B, T, C)
+        if targets is None:
+            return self.logits(h), None
+        return None, self.loss(h, targets)
+
     def embed(self, idx, positions=None):
         """Token ids (B, T) to vectors (B, T, C). positions: (T,) or (B, T), default 0 ... T - 1."""
         if positions is None:
@@ -179,12 +193,10 @@ class GPT(nn.Module):
         return self.wte(idx) + self.wpe(positions)
 
     def hidden_states(self, x, mask=None, cache=None, before_block=None):
-        """Vectors (B, T, C) through all blocks and the last LayerNorm: hidden states (B, T, C).
+        """Vectors (B, T, C) through all blocks: hidden states (B, T, C).
 
-        mask: True where a position may attend, broadcast to (B, nh, T, T); default: causal.
-        cache: a KVCache for each layer. Fill it with one call (prefill), then give it one new
-        position at a time (decode). before_block: a function (i, x) -> x that is called before
-        block i; caption.py lets a picture in through it.
+        Generation gives a KVCache for each block (chapter 2); packing a mask (B, 1, T, T), True
+        where a position may attend (chapter 6); caption.py a function (i, x) -> x before block i.
         """
         for i, block in enumerate(self.h):
             if before_block is not None:
@@ -193,36 +205,16 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def logits(self, h):
-        """Hidden states (..., C) to logits (..., n_vocab): unused rows of the table are cut off."""
+        """Hidden states (..., C) to logits (..., V), without the unused rows of the table."""
         return F.linear(h, self.wte.weight)[..., : self.config.n_vocab]
 
-    @torch.compiler.disable  # a compiled model would keep all chunks
     def loss(self, h, targets, reduction="mean"):
-        """Cross-entropy in nats of targets (B, T) given hidden states (B, T, C):
-
-            F.cross_entropy(self.logits(h).flatten(0, 1), targets.flatten())
+        """F.cross_entropy(self.logits(h).flatten(0, 1), targets.flatten()), in nats.
 
         The logits of a whole batch, 13 GB for 64 x 1024 tokens, never exist at once: "The loss in
-        chunks", behind the banner, says how. Targets of -100 do not count. reduction: "mean",
-        "sum", or "none" for each target (B, T).
+        chunks", behind the banner. reduction: "mean", "sum", or "none" for each target (B, T).
         """
-        if reduction == "none":  # the logits of a row at a time
-            rows = []
-            for h_row, target in zip(h, targets, strict=True):
-                logits = self.logits(h_row).float()
-                rows.append(F.cross_entropy(logits, target, reduction="none"))
-            return torch.stack(rows)
-        h = h.flatten(0, 1)  # (B * T, C)
-        n_vocab = self.config.n_vocab
-        total = ChunkedCrossEntropy.apply(h, self.wte.weight, targets.flatten(), n_vocab)
-        return total if reduction == "sum" else total / (targets != -100).sum()
-
-    def forward(self, idx, targets=None):
-        """Token ids (B, T) to (logits (B, T, n_vocab), None); with targets to (None, mean loss)."""
-        h = self.hidden_states(self.embed(idx))
-        if targets is None:
-            return self.logits(h), None
-        return None, self.loss(h, targets)
+        return cross_entropy(h, self.wte.weight, targets, self.config.n_vocab, reduction)
 
 
 # -----------------------------------------------------------------------------
@@ -232,9 +224,7 @@ class GPT(nn.Module):
 class KVCache:
     """The keys and values that a layer has computed so far, (B, nh, T, hs)."""
 
-    def __init__(self):
-        self.k = None
-        self.v = None
+    k = v = None
 
     def extend(self, k, v):
         """Append those of new positions; returns all of them."""
@@ -388,12 +378,17 @@ def get_micro_batches(dataset, recipe, seed, config, step):
     T = config.block_size
     windows = step_indices(seed, step, recipe.batch_size // T, dataset.num_windows(T))
     targets = np.minimum(len(dataset) - 1 - windows * T, T).sum()  # T each, but for the last window
-    mine = np.array_split(windows, world_size())[rank()]
     batches = []
-    for part in np.array_split(mine, math.ceil(len(mine) / recipe.micro_batch)):
+    for part in share_out(windows, recipe):
         x, y = pin(*dataset.get_batch(part, T, config.n_vocab))
         batches.append((x, y, (y >= 0).sum().item() / targets))
     return batches
+
+
+def share_out(chosen, recipe):
+    """This rank's windows (or pictures) of a step, in parts that are computed at once."""
+    mine = np.array_split(chosen, world_size())[rank()]
+    return np.array_split(mine, math.ceil(len(mine) / recipe.micro_batch))
 
 
 def prefetch(get, first, last, ahead=4):
@@ -459,19 +454,17 @@ PRESETS = {  # T, rows of the token table, layers, heads, C, init_std
     "gpt2-large": GPTConfig(1024, 50304, 36, 20, 1280, vocab_padding=47),
     "gpt2-xl": GPTConfig(1024, 50304, 48, 25, 1600, vocab_padding=47),
 }
-RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up
+RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up, cooldown, Muon
     # not GPT-2's recipe, which does not teach it to read maps in a few minutes: Muon, sinusoids,
     # and a flat rate that falls linearly do
-    "tiny": Recipe(
-        1_900, 1_536, 24, 1e-3, 40, cooldown=0.5, muon=20, eval_every=190, eval_tokens=20_480),
+    "tiny": Recipe(1_900, 1_536, 24, 1e-3, 40, 0.5, 20, eval_every=190, eval_tokens=20_480),
     "small": Recipe(500, 8_192, 16, 2e-3, 50, eval_every=50, eval_tokens=16_384),
     # GPT-3's recipe: 19,073 steps of 524,288 tokens are 10.0 B, 715 of them 375 M
     "gpt2": Recipe(19_073, 524_288, 16, 6e-4, 715),
     # Not yet run at full size. 4.5 B tokens with Muon at .01, a flat rate, then linear, no decay:
     # near record 4 of modded-nanogpt, which reached the 3.28 on FineWeb of llm.c's 10 B tokens with
     # 3.3 B (and rotary positions). AdamW's rate and warm-up are those of its AdamW baseline
-    "gpt2-fast": Recipe(
-        8_600, 524_288, 16, 1.8e-3, 250, cooldown=0.29, muon=5.6, weight_decay=0.0),
+    "gpt2-fast": Recipe(8_600, 524_288, 16, 1.8e-3, 250, 0.29, 5.6, weight_decay=0.0),
     "gpt2-medium": Recipe(19_073, 524_288, 8, 3e-4, 715),
     "gpt2-large": Recipe(19_073, 524_288, 4, 2.5e-4, 715),
     "gpt2-xl": Recipe(19_073, 524_288, 2, 2e-4, 715),
@@ -554,15 +547,18 @@ def train(preset, data, out, recipe, seed=0, restart=False):
     """Train a preset on the shards in `data`, or go on with the run in `out`. The loop below:
 
         for each step:
+            every 250 steps                      validation loss, HellaSwag, checkpoint, curves
             lr = get_lr(step)
             loss = train_step(micro-batches)     forward, backward, add up, clip, update
             every 20 steps                       a line on the screen and in log.csv
-            every 250 steps                      validation loss, HellaSwag, checkpoint, curves
             after Ctrl-C                         save, leave; the same command goes on from here
     """
     device = pick_device()
     config = PRESETS[preset]
     train_set, val_sets, tokenizer = open_data(data, config)
+    torch.manual_seed(seed)
+    model = GPT(config).to(device)
+    optimizer = configure_optimizer(model, recipe)
     identity = {  # what must stay the same when the run is resumed
         "preset": preset,
         "tokenizer": tokenizer.name,
@@ -570,9 +566,6 @@ def train(preset, data, out, recipe, seed=0, restart=False):
         "seed": seed,
         "batch_size": recipe.batch_size,
     }
-    torch.manual_seed(seed)
-    model = GPT(config).to(device)
-    optimizer = configure_optimizer(model, recipe)
     run = Run(out, identity, recipe, "tokens", restart)
     run.resume(model, optimizer)  # from ckpt.pt, if there is one
     describe(run, preset, data, model, train_set, device)  # what will be done, on the screen
@@ -581,34 +574,28 @@ def train(preset, data, out, recipe, seed=0, restart=False):
     get_batches = functools.partial(get_micro_batches, train_set, recipe, seed, config)
 
     def evaluate():
-        sizes = (recipe.eval_tokens, recipe.micro_batch)
-        row = validate(parallel, config, val_sets, tokenizer, *sizes, device)
+        row = validate(parallel, config, val_sets, tokenizer, recipe.eval_tokens,
+                       recipe.micro_batch, device)
         if items and run.step >= recipe.eval_every:  # a trial of 20 steps need not wait for it
             row["hellaswag"] = evaluate_hellaswag(model, items, device)["acc_norm"]
         return row
 
     with run:  # notes Ctrl-C; keeps other processes out of the folder
-        if run.lacks_evaluation():  # the stop came in a step that had to be evaluated
-            run.log(evaluate())
-            run.save(model, optimizer)
-        for step, micro_batches in prefetch(get_batches, run.step, recipe.max_steps):
+        for step, batches in prefetch(get_batches, run.step, recipe.max_steps):
+            if step and step % recipe.eval_every == 0:
+                run.record(evaluate(), model, optimizer)  # log.csv, ckpt.pt, curves.png
             lr = get_lr(step, recipe)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
-            loss, norm = train_step(parallel, optimizer, micro_batches, recipe, device)
+            loss, norm = train_step(parallel, optimizer, batches, recipe, device)
             run.count_step(loss, norm)  # run.step is now step + 1: the finished steps
-            stop = run.stop_requested() and run.step < recipe.max_steps
-            is_eval_step = run.is_eval_step()
-            row = {}
-            if run.step % recipe.log_every == 0 or run.step == 1 or is_eval_step or stop:
-                row = run.progress(loss, lr, norm, recipe.batch_size, flops_per_token(config))
-            if is_eval_step and not stop:  # torchrun kills soon after Ctrl-C: evaluate on resuming
-                row |= evaluate()
-            run.log(row)
-            if is_eval_step or stop:
-                run.save(model, optimizer)
+            stop = run.stop_requested()  # by Ctrl-C, on any rank
+            if stop or run.step % recipe.log_every == 0 or run.step in (1, recipe.max_steps):
+                run.progress(loss, lr, norm, flops_per_token(config))
             if stop:
-                run.exit()
+                run.save_and_exit(model, optimizer)
+        if not run.finished:
+            run.record(evaluate(), model, optimizer)
     if rank() == 0:
         finish(run, model, tokenizer)  # samples, and what to do next
 
@@ -813,6 +800,19 @@ def sinusoids(T, C, std):
 ROWS = 2048  # of logits that exist at a time
 
 
+@torch.compiler.disable  # a compiled model would keep all chunks
+def cross_entropy(h, weight, targets, n_vocab, reduction):
+    """GPT.loss() of hidden states h (B, T, C) under a head (V, C)."""
+    if reduction == "none":  # the logits of a row at a time
+        rows = []
+        for h_row, target in zip(h, targets, strict=True):
+            logits = F.linear(h_row, weight)[:, :n_vocab].float()
+            rows.append(F.cross_entropy(logits, target, reduction="none"))
+        return torch.stack(rows)
+    total = ChunkedCrossEntropy.apply(h.flatten(0, 1), weight, targets.flatten(), n_vocab)
+    return total if reduction == "sum" else total / (targets != -100).sum()
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """The summed cross-entropy of hidden states h (rows, C) under a head W (V, C), in chunks.
 
@@ -877,10 +877,8 @@ def loss_and_gradient(logits, target, n_vocab):
 
 
 def softmax_minus_one_hot(logits, target, n_vocab):
-    """loss_and_gradient() in plain PyTorch.
-
-    Compiled, it stores nothing else of the size (rows, V) (tested by
-    test_the_compiled_head_stores_no_second_logits).
+    """loss_and_gradient() in plain PyTorch; compiled, it stores nothing else of the size (rows, V)
+    (tested by test_the_compiled_head_stores_no_second_logits).
     """
     logits[:, n_vocab:] = -math.inf  # unused rows of the table get no probability
     log_p = F.log_softmax(logits, dim=1, dtype=torch.float32)
@@ -908,9 +906,9 @@ def validate(model, config, val_sets, tokenizer, eval_tokens, batch, device):
     windows at once.
     """
     T = config.block_size
-    bytes_of = [len(tokenizer.decode_single_token_bytes(i)) for i in range(tokenizer.n_vocab)]
-    bytes_of[tokenizer.eot_token] = 0
-    bytes_of = torch.tensor(bytes_of)
+    pieces = [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab)]
+    num_bytes = torch.tensor([*map(len, pieces)])  # of each token
+    num_bytes[tokenizer.eot_token] = 0
     row = {}
     for name, dataset in val_sets.items():
         count = max(1, min(dataset.num_windows(T), eval_tokens // T))
@@ -920,14 +918,13 @@ def validate(model, config, val_sets, tokenizer, eval_tokens, batch, device):
             x, y = dataset.get_batch(windows[i : i + batch], T, config.n_vocab)
             with autocast(device):
                 _, loss = model(x.to(device), y.to(device))
-            targets = y[y >= 0]
-            nats = loss.item() * len(targets)
-            sums += torch.tensor([nats, len(targets), bytes_of[targets].sum().item()])
+            y = y[y >= 0]
+            sums += torch.tensor([loss.item() * len(y), len(y), num_bytes[y].sum().item()])
         nats, tokens, size = all_reduce(sums.to(device)).tolist()
-        row[f"val_{name}"] = nats / tokens
+        row[f"val_{name}"] = loss = nats / tokens
         bits = nats / math.log(2) / max(size, 1)
-        losses = f"{nats / tokens:.4f} nats per token, {bits:.3f} bits per byte"
-        print(f"           {name} {losses}, of {tokens:,.0f} tokens")
+        measure = f"{loss:.4f} nats per token, {bits:.3f} bits per byte"
+        print(f"           {name} {measure}, of {tokens:,.0f} tokens")
     return row
 
 
@@ -968,7 +965,7 @@ def evaluate_hellaswag(model, items, device, method="token mean"):
         losses = ending_losses(model, mine, device)
     correct = torch.tensor(hellaswag.count_correct(mine, losses), device=device)
     acc, acc_norm = (all_reduce(correct) / len(items)).tolist()
-    print(hellaswag.report(acc, acc_norm, len(items), method), flush=True)
+    print(hellaswag.report(acc, acc_norm, len(items), method))
     return {"acc": acc, "acc_norm": acc_norm}
 
 
@@ -979,7 +976,7 @@ def load_hellaswag(tokenizer):
         with rank_zero_first():
             examples = hellaswag.load_examples()
     except UserError as error:
-        print(f"HellaSwag  is not measured: {error}", flush=True)
+        print(f"HellaSwag  is not measured: {error}")
     missing = torch.tensor(float(not examples), device=pick_device())
     if all_reduce(missing).item():  # all ranks measure it or none, or they would wait forever
         return []
@@ -988,14 +985,13 @@ def load_hellaswag(tokenizer):
 
 def evaluate(path, data, limit):
     """Print the validation losses of a model, and its accuracies on HellaSwag."""
+    device = pick_device()
     with rank_zero_first():
         model, tokenizer, checkpoint = load_model(path)
-    device = pick_device()
-    center_tokens(model.to(device))
-    preset = checkpoint.get("run", {}).get("preset")
-    if preset == "tiny" and data is None:
-        with rank_zero_first():
+        preset = checkpoint.get("run", {}).get("preset")
+        if preset == "tiny" and data is None:
             fineweb.make_toy_text(default_data("tiny"))
+    center_tokens(model.to(device))
     folder = Path(data or default_data(preset))
     print(f"{path}, {folder}:")
     if data or folder.exists():
@@ -1032,39 +1028,36 @@ SUPPORTED = {  # what this GPT computes, in the words of a config.json of transf
 
 
 def load_model(name):
-    """(model, tokenizer, checkpoint) of a checkpoint, a run, or weights in OpenAI's layout.
+    """(model, tokenizer, checkpoint) of a checkpoint, a run, or weights in OpenAI's layout ({}).
 
     The last are a folder with config.json and model.safetensors, as transformers and --export-hf
-    write it, or, where no file has that name, one in OPENAI, downloaded once; their checkpoint is
-    {}.
+    write it, or, where no file has that name, one in OPENAI, downloaded once.
     """
     path = Path(name)
     if not path.exists() and str(name) in OPENAI:
-        fineweb.hub_download(f"openai-community/{name}", "config.json")  # it comes beside the next
-        path = fineweb.hub_download(f"openai-community/{name}", "model.safetensors")
-    if (path / "ckpt.pt").exists():
-        path = path / "ckpt.pt"
+        for file in ("config.json", "model.safetensors"):  # they lie side by side
+            path = fineweb.hub_download(f"openai-community/{name}", file)
     if path.is_dir():
-        path = path / "model.safetensors"
+        path = path / ("ckpt.pt" if (path / "ckpt.pt").exists() else "model.safetensors")
         if not path.exists():
             problem = f"{name} has neither ckpt.pt, of a run, nor model.safetensors"
             raise UserError(problem, "train first, or save the model as one safetensors file")
     if path.suffix == ".safetensors":
+        checkpoint = {}
         model, tokenizer = from_pretrained(path)
-        return model.eval(), fineweb.get_tokenizer(tokenizer), {}
-    checkpoint = read_checkpoint(path, holds="config")
-    model = GPT(GPTConfig(**checkpoint["config"]))
-    model.load_state_dict(checkpoint["model"])
-    return model.eval(), fineweb.get_tokenizer(checkpoint["run"]["tokenizer"]), checkpoint
+    else:
+        checkpoint = read_checkpoint(path, holds="config")
+        model = GPT(GPTConfig(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+        tokenizer = checkpoint["run"]["tokenizer"]
+    return model.eval(), fineweb.get_tokenizer(tokenizer), checkpoint
 
 
 def from_pretrained(path):
     """(GPT, name of its tokenizer) from a safetensors file in OpenAI's layout, with config.json."""
     config_file = path.with_name("config.json")
-    config = {}
-    if config_file.exists():
-        with fineweb.reading(config_file, "a model's configuration"):
-            config = dict(json.loads(config_file.read_bytes()))
+    with fineweb.reading(config_file, "a model's configuration"):
+        config = dict(json.loads(config_file.read_bytes() if config_file.exists() else "{}"))
     for key, values in SUPPORTED.items():
         if config.get(key, values[0]) not in values:
             problem = f"{config_file}: {key} is {config[key]!r}"
@@ -1076,12 +1069,11 @@ def from_pretrained(path):
     if not torch.equal(tensors.get("lm_head.weight", table), table):
         raise UserError(f"{path} has a head of its own", "only a tied one is computed here")
     n_head = config.get("n_head", C / 64)  # OpenAI's heads have size 64
-    if not isinstance(n_head, (int, float)) or n_head < 1 or C % n_head or n_head != int(n_head):
+    if n_head not in range(1, C + 1) or C % n_head:
         raise UserError(f"{config_file} is missing or wrong ({n_head} heads)", "get it again")
     tokenizer = config.get("tokenizer", "gpt2")
     n_vocab = check_vocabulary(path, tokenizer, len(table))
     rows = 64 * math.ceil(len(table) / 64)  # 50,257 rows make all products of the head slow
-
     n_layer = sum(name.endswith("ln_1.weight") for name in tensors)
     config = GPTConfig(block_size, rows, n_layer, int(n_head), C, vocab_padding=rows - n_vocab)
     model = GPT(config)
@@ -1099,16 +1091,15 @@ def check_vocabulary(path, tokenizer, rows):
     if rows < n_vocab:
         problem = f"{path} has {rows:,} tokens, and the tokenizer {tokenizer} {n_vocab:,}"
         raise UserError(problem, "only these two tokenizers are known here: gpt2 and tiny")
-    for name in ("vocab.json", "tokenizer.json"):
-        file = path.with_name(name)
-        if tokenizer == "gpt2" and file.exists():
+    if tokenizer == "gpt2":
+        for file in filter(Path.exists, map(path.with_name, ("vocab.json", "tokenizer.json"))):
             with fineweb.reading(file, "a vocabulary"):
-                content = json.loads(file.read_bytes())
-                words = content["model"]["vocab"] if name == "tokenizer.json" else content
+                words = json.loads(file.read_bytes())
+                words = words["model"]["vocab"] if file.name == "tokenizer.json" else words
             if words != json.loads(fineweb.gpt2_files()["vocab.json"]):
                 raise UserError(f"{file} is not GPT-2's vocabulary", "only that one is known here")
-    if tokenizer == "gpt2" and rows > n_vocab:
-        print(f"{path}: the rows after GPT-2's {n_vocab:,} tokens are not used")
+        if rows > n_vocab:
+            print(f"{path}: the rows after GPT-2's {n_vocab:,} tokens are not used")
     return n_vocab
 
 
@@ -1213,6 +1204,7 @@ def newest_run():
 
 # dense bf16, a second; sm80 is the first generation of NVIDIA's GPUs with bf16 (A100)
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "4090": 165e12, "A5000": 111e12}
+FAST_SDPA = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def pick_device():
@@ -1244,15 +1236,15 @@ def join_processes():
     """Under torchrun, make this process one of several (ranks): NCCL on GPUs, gloo on CPUs."""
     if "RANK" not in os.environ or dist.is_initialized():
         return
-    needed = {"WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
-    missing = needed - set(os.environ)
+    missing = {"WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)
     if missing:
         raise UserError(f"RANK is set, but not {', '.join(missing)}", "unset it, or use torchrun")
     use_device()
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    device = pick_device() if backend == "nccl" else None
     timeout = datetime.timedelta(minutes=10)
-    dist.init_process_group(backend, timeout=timeout, device_id=device)
+    if torch.cuda.is_available():
+        dist.init_process_group("nccl", timeout=timeout, device_id=pick_device())
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
 
@@ -1285,17 +1277,14 @@ def all_reduce(tensor):
 @contextlib.contextmanager
 def rank_zero_first():
     """Rank 0 runs the body first (it downloads or computes), then the others, who find it done."""
-    if world_size() == 1:
-        yield
-        return
-    patient_group()
+    group = patient_group() if world_size() > 1 else None
     if rank() > 0:
-        dist.barrier(patient_group())
+        dist.barrier(group)
     try:
         yield
     finally:
-        if rank() == 0:
-            dist.barrier(patient_group())
+        if group and rank() == 0:
+            dist.barrier(group)
 
 
 @functools.cache
@@ -1333,13 +1322,11 @@ def can_compile():
         return False
 
 
-def fused_attention(q, k, v, attn_mask, is_causal):
+def fused_attention(q, k, v, **options):
     """PyTorch's scaled_dot_product_attention, with the kernels that are fast here."""
-    options = {"attn_mask": attn_mask, "is_causal": is_causal}
-    if q.is_cuda and (attn_mask is not None or q.size(2) != k.size(2)):
+    if q.is_cuda and (options["attn_mask"] is not None or q.size(2) != k.size(2)):
         # many shapes: cuDNN, which PyTorch prefers on an H100, would plan each of them for .4 s
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
-                          SDPBackend.MATH]):
+        with sdpa_kernel(FAST_SDPA):
             return F.scaled_dot_product_attention(q, k, v, **options)
     if q.is_cuda or q.size(2) >= 512:
         return F.scaled_dot_product_attention(q, k, v, **options)
@@ -1354,16 +1341,13 @@ def flops_per_token(config):
 
 
 def hardware_use(flops_per_second):
-    """Peak memory as text, and on GPUs MFU (model FLOPs utilization) where the peak is known.
-
-    Cards of one name differ (PCIe, laptops), so the text says which peak is assumed.
-    """
+    """Peak memory as text, and on GPUs MFU (model FLOPs utilization) of an assumed peak."""
     if not torch.cuda.is_available():
         status = Path("/proc/self/status")  # on Linux
         match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text() if status.exists() else "")
         return f" | {int(match[1]) / 1e6:.1f} GB" if match else ""
     text = f" | {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
-    for name, peak in PEAK_FLOPS.items():
+    for name, peak in PEAK_FLOPS.items():  # cards of one name differ (PCIe, laptops)
         if name in torch.cuda.get_device_name() and flops_per_second:
             mfu = flops_per_second / peak / world_size()
             text += f" | MFU {mfu:5.1%} of {peak / 1e12:.0f} TFLOP/s"
@@ -1375,99 +1359,83 @@ def hardware_use(flops_per_second):
 
 FORMAT = 2  # of checkpoints
 PATIENCE = 10  # steps in a row whose loss is not finite before a run gives up
+STATE = ("step", "finished", "seconds", "skipped", "best")  # of a Run, in its checkpoint
 
 
 class Run:
     """The folder of a run, by one process at a time: checkpoint, log.csv, and how to stop.
 
-    identity: what must stay the same when it is continued. unit: what its speed counts. In the
-    context of a Run, Ctrl-C, SIGTERM and SIGHUP are noted and the loop is asked to stop; without
-    torchrun the second one stops at once.
+    identity: what must stay the same when it is continued; names: of parts, which may change. unit:
+    what its speed counts. Inside `with run`, Ctrl-C, SIGTERM and SIGHUP are noted and the loop is
+    asked to stop; without torchrun the second one stops at once.
     """
 
-    def __init__(self, out, identity, recipe, unit, restart=False):
+    def __init__(self, out, identity, recipe, unit, restart=False, names=None):
         self.out = Path(out)
         self.path = self.out / "ckpt.pt"
         self.identity = identity
+        self.names = names or {}
         self.recipe = recipe
         self.unit = unit
+        self.restart = restart
         self.step = 0  # finished steps
+        self.finished = False  # and evaluated
         self.seconds = 0.0  # of training, without evaluation
         self.skipped = 0  # steps whose loss was not finite
-        self.skipped_in_a_row = 0
         self.best = math.inf  # the lowest validation loss, where someone asks for it
+        self.skipped_in_a_row = 0
         self.signal = None
-        self.restart = restart
-        self.names = {}  # of parts; they may change when it is continued
         self.rows = []  # of log.csv
 
     def resume(self, model, optimizer):
         """Go on where the checkpoint in the folder stopped; UserError if it is of another run."""
         what_to_do = "choose another --out, or --restart"
-        refuse_other_files(self.out)
-        log = [] if self.restart else read_log(self.out / "log.csv")
-        checkpoint = self.read_own(what_to_do) if self.path.exists() else None
-        if checkpoint and not self.restart:
+        refuse_other_files(self.out, self.unit)
+        if self.path.exists() and not self.restart:
+            checkpoint = read_checkpoint(self.path, what_to_do=what_to_do)
             for key, value in self.identity.items():
-                if checkpoint["run"].get(key) != value:
-                    problem = f"{self.path} was made with {key} {checkpoint['run'].get(key)}"
-                    raise UserError(f"{problem}, not {value}", what_to_do)
+                before = checkpoint["run"].get(key)
+                if before != value:
+                    problem = f"{self.path} was made with {key} {before}, not {value}"
+                    raise UserError(problem, what_to_do)
             with fineweb.reading(self.path, "of this version", RuntimeError, what_to_do=what_to_do):
                 model.load_state_dict(checkpoint["model"])
                 optimizer.load_state_dict(checkpoint["optimizer"])
-            for name in ("step", "seconds", "skipped", "best"):
-                setattr(self, name, checkpoint[name])
-            recipe = checkpoint.get("recipe", asdict(self.recipe))
-            if self.step >= self.recipe.max_steps and recipe != asdict(self.recipe):
+                vars(self).update({name: checkpoint[name] for name in STATE})
+            ended = self.step >= self.recipe.max_steps
+            if ended and checkpoint["recipe"] != asdict(self.recipe):
                 problem = f"{self.out} has come to its end with another recipe"
                 raise UserError(problem, f"give more --steps than {self.step}, or {what_to_do}")
+            self.finished = self.finished and ended
+            log = read_log(self.out / "log.csv")
             self.rows = [row for row in log if row["step"] <= self.step]  # later rows are redone
         steps = torch.tensor(float(self.step), device=pick_device())
         if all_reduce(steps).item() != self.step * world_size():
             raise UserError("the ranks found different checkpoints", "share --out among all")
-
-    def read_own(self, what_to_do):
-        """The checkpoint in the folder; UserError if a run of another kind made it.
-
-        With --restart one that cannot be read, or is not ours, is set aside.
-        """
-        try:
-            checkpoint = read_checkpoint(self.path, what_to_do=what_to_do)
-        except UserError:
-            if not self.restart:
-                raise
-            if rank() == 0:
-                os.replace(self.path, self.path.with_name("unreadable.pt"))
-            return None
-        if ("bridge" in checkpoint["run"]) != ("bridge" in self.identity):
-            raise UserError(f"{self.out} has another kind of run", "choose another --out")
-        return checkpoint
 
     def __enter__(self):
         self.out.mkdir(parents=True, exist_ok=True)
         self.stack = contextlib.ExitStack()
         if rank() == 0:
             self.stack.enter_context(fineweb.lock(self.out))
-            for name in ("ckpt.pt", "best.pt", "log.csv"):
-                old = [*self.out.glob(f".{name}.*.tmp")]  # of a kill in the middle of writing
-                for path in (*old, self.out / name) if self.restart else old:
-                    path.unlink(missing_ok=True)
+            for name in ("ckpt.pt", "best.pt", "log.csv") if self.restart else ():
+                (self.out / name).unlink(missing_ok=True)
             with open(self.out / "log.csv", "a") as file:  # tells that this is the folder of a run
                 file.write("" if file.tell() else "step\n")
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
             if number and signal.getsignal(number) != signal.SIG_IGN:
                 self.stack.callback(signal.signal, number, signal.signal(number, self.on_signal))
-        self.timed_from = (self.step, time.time())
+        self.time = time.time()
+        self.shown = (self.step, self.seconds)
         return self
 
     def __exit__(self, kind, error, traceback):
         self.stack.close()
         if isinstance(error, torch.OutOfMemoryError):
-            batch = self.recipe.micro_batch
-            what_to_do = f"use --micro-batch {batch // 2}"
-            if batch == 1:
-                what_to_do = "free some, or take a smaller model"
+            smaller = self.recipe.micro_batch // 2
+            otherwise = "free some, or take a smaller model"
+            what_to_do = f"use --micro-batch {smaller}" if smaller else otherwise
             raise UserError("out of memory", what_to_do) from error
         if isinstance(error, RuntimeError) and "timed out" in str(error).lower():
             raise UserError("another rank does not answer", "look at its output") from error
@@ -1488,26 +1456,19 @@ class Run:
         asked = torch.tensor(float(self.signal is not None), device=pick_device())
         return all_reduce(asked).item() > 0
 
-    def exit(self):
-        """End the process as a signal would have."""
+    def save_and_exit(self, model, optimizer):
+        """Save, then end the process as a signal would have."""
+        self.save(model, optimizer)
         again = "the command without --restart" if self.restart else "the same command"
-        print(f"stopped after step {self.step:,}; {again} resumes it", flush=True)
+        print(f"stopped after step {self.step:,}; {again} resumes it")
         leave_processes()
         sys.exit(128 + (self.signal or signal.SIGTERM))
-
-    def is_eval_step(self):
-        """Whether the model is evaluated after the steps that are done."""
-        return self.step % self.recipe.eval_every == 0 or self.step == self.recipe.max_steps
-
-    def lacks_evaluation(self):
-        """Whether the run stopped in a step whose evaluation is still to be made."""
-        if not self.rows or self.rows[-1]["step"] != self.step or not self.is_eval_step():
-            return False
-        return not any(name.startswith("val_") for name in self.rows[-1])
 
     def count_step(self, loss, norm):
         """One step more is done; UserError if too many were not finite."""
         self.step += 1
+        self.seconds += time.time() - self.time
+        self.time = time.time()
         finite = math.isfinite(loss + norm)
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
@@ -1515,38 +1476,37 @@ class Run:
             problem = f"the loss was not finite in {PATIENCE} steps in a row"
             raise UserError(problem, f"go on from {self.path} with a lower --lr")
 
-    def progress(self, loss, lr, norm, per_step, flops=0):
-        """Print a line about the last steps; returns it as columns of the log."""
-        step, began = self.timed_from
-        now = time.time()
-        rate = (self.step - step) * per_step / (now - began)
-        self.seconds += now - began
-        self.timed_from = (self.step, now)
-        left = tqdm.format_interval((self.recipe.max_steps - self.step) * per_step / rate)
+    def progress(self, loss, lr, norm, flops=0):
+        """Print and log a line about the steps since the last line. flops: of a token."""
+        step, seconds = self.shown
+        self.shown = (self.step, self.seconds)
+        rate = (self.step - step) * self.recipe.batch_size / (self.seconds - seconds)
+        remaining = (self.recipe.max_steps - self.step) * self.recipe.batch_size / rate
         skipped = f" | skipped {self.skipped}" if self.skipped else ""
         begin = f"step {self.step:>6,} of {self.recipe.max_steps:,} | loss {loss:7.4f}"
         speed = f"{rate:9,.{0 if rate > 100 else 1}f} {self.unit}/s{hardware_use(rate * flops)}"
         rates = f"lr {lr:.2e} | norm {norm:5.2f}"
-        print(f"{begin} | {rates} | {speed}{skipped} | {left} left", flush=True)
-        return {
-            "loss": loss,
-            "lr": lr,
-            "norm": norm,
-            "skipped": self.skipped,
-            f"{self.unit}_per_second": rate,
-            "seconds": self.seconds,
-        }
+        left = tqdm.format_interval(remaining)
+        print(f"{begin} | {rates} | {speed}{skipped} | {left} left")
+        row = {"loss": loss, "lr": lr, "norm": norm, "skipped": self.skipped}
+        self.log(row | {f"{self.unit}_per_second": rate, "seconds": self.seconds})
 
     def log(self, row):
         """Add to the step's row of log.csv, which is written anew: a row may have new columns."""
-        if row and rank() == 0:
-            if not self.rows or self.rows[-1]["step"] != self.step:
-                self.rows.append({"step": self.step})
-            self.rows[-1] |= row
+        if not self.rows or self.rows[-1]["step"] != self.step:
+            self.rows.append({"step": self.step})
+        self.rows[-1] |= row
+        if rank() == 0:
             with fineweb.atomic_write(self.out / "log.csv", "w", newline="") as file:
                 writer = csv.DictWriter(file, dict.fromkeys(itertools.chain(*self.rows)))
                 writer.writeheader()
                 writer.writerows(self.rows)
+
+    def record(self, row, model, optimizer):
+        """After an evaluation: log its row, write the checkpoint, draw the curves."""
+        self.finished = self.step == self.recipe.max_steps
+        self.log(row)
+        self.save(model, optimizer)
 
     def save(self, model, optimizer):
         """Write the checkpoint, and draw the curves."""
@@ -1554,28 +1514,28 @@ class Run:
             content = {
                 "run": self.identity | self.names,
                 "recipe": asdict(self.recipe),
-                "step": self.step,
-                "finished": self.step == self.recipe.max_steps,
-                "seconds": self.seconds,
-                "skipped": self.skipped,
-                "best": self.best,
+                **{name: getattr(self, name) for name in STATE},
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
             }
-            if hasattr(model, "config"):
+            if isinstance(model, GPT):
                 content["config"] = asdict(model.config)
             save_checkpoint(self.path, content)
-            draw_run(self.out)
+            draw_run(self.out / "curves.png", self.rows)
         if world_size() > 1:
             dist.barrier()  # what rank 0 has written is whole, before another one ends or reads it
-        self.timed_from = (self.step, time.time())
+        self.time = time.time()
 
 
-def refuse_other_files(folder):
-    """UserError for a folder in which something else lies than a run, or nothing."""
+def refuse_other_files(folder, unit):
+    """UserError for a folder in which something else lies than a run of this kind, or nothing."""
+    log = Path(folder) / "log.csv"
     names = {path.name for path in Path(folder).glob("[!.]*")}
     if names and not names & {"ckpt.pt", "log.csv"}:
         raise UserError(f"{folder} has files, but no run", "choose another --out")
+    columns = log.read_text(errors="replace").split("\n")[0] if log.exists() else ""
+    if "_per_second" in columns and f"{unit}_per_second" not in columns:
+        raise UserError(f"{folder} has another kind of run", "choose another --out")
 
 
 def save_checkpoint(path, content):
@@ -1624,22 +1584,18 @@ def read_log(path):
         return sorted(rows, key=lambda row: row["step"])
 
 
-def draw_run(out):
-    """curves.png of a run, from its log: losses, and HellaSwag if it was measured."""
-    rows = read_log(Path(out) / "log.csv")
+def draw_run(path, rows):
+    """A chart of the rows of a log: losses, and beside them HellaSwag or CIDEr-D if measured."""
+    titles = {"hellaswag": "HellaSwag, acc_norm by token mean (OpenAI's 124M: 0.2955)"}
+    titles["cider"] = "CIDEr-D of greedy captions"
     lines = {"training": curve(rows, "loss")}
-    columns = dict.fromkeys(itertools.chain(*rows))
-    for name in [column for column in columns if column.startswith("val_")]:
-        lines[name.replace("val_val", "validation").removeprefix("val_")] = curve(rows, name)
     panels = {"loss, nats per token": lines}
-    titles = {
-        "hellaswag": "HellaSwag, acc_norm by token mean (OpenAI's 124M: 0.2955)",
-        "cider": "CIDEr-D of greedy captions",
-    }
-    for name, title in titles.items():
-        if name in columns:
-            panels[title] = {"validation": curve(rows, name)}
-    draw_curves(Path(out) / "curves.png", panels)
+    for name in dict.fromkeys(itertools.chain(*rows)):
+        if name.startswith("val_"):
+            lines[name.replace("val_val", "validation").removeprefix("val_")] = curve(rows, name)
+        if name in titles:
+            panels[titles[name]] = {"validation": curve(rows, name)}
+    draw_curves(path, panels)
 
 
 def curve(rows, key):
@@ -1658,10 +1614,8 @@ def draw_curves(path, panels):
 
 def draw_panel(draw, x0, title, lines):
     """One chart, 1800 x 960 pixels, whose left edge is at x0."""
-    left = x0 + 140
-    right = x0 + 1740
-    top = 100
-    bottom = 840
+    left, right = x0 + 140, x0 + 1740
+    top, bottom = 100, 840
     points = np.array(sum(lines.values(), [])).reshape(-1, 2)
     x_ticks = nice_ticks(points[:, 0])
     y_ticks = nice_ticks(points[:, 1])
@@ -1692,12 +1646,11 @@ def draw_panel(draw, x0, title, lines):
 def nice_ticks(values):
     """About six ticks, at 1, 2 or 5 times a power of ten, between which all values lie."""
     low = min(values, default=0)
-    high = max(values, default=1)
-    span = (high - low) or 1
+    span = (max(values, default=1) - low) or 1
     unit = 10 ** math.floor(math.log10(span / 6))
     step = min(unit * m for m in (1, 2, 5, 10) if span <= 6.001 * unit * m)
     first = math.floor(low / step)
-    last = max(math.ceil(high / step), first + 1)
+    last = max(math.ceil((low + span) / step), first + 1)
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
@@ -1727,28 +1680,29 @@ def choose_setup(preset, data, device):
     return preset, Path(data or default_data(preset))
 
 
-def with_flags(recipe, flags, T=1):
-    """The recipe with the flags that were given ({name: value or None}).
+def recipe_flags(args):
+    """{name: value} of the flags that change a recipe, as far as they were given."""
+    names = Recipe.__dataclass_fields__
+    return {key: value for key, value in vars(args).items() if key in names and value is not None}
 
-    Raises UserError if a step cannot be shared out among the ranks, in windows of T.
-    """
-    given = {name: value for name, value in flags.items() if value is not None}
-    recipe = dataclasses.replace(recipe, **given)
+
+def with_flags(recipe, flags, T=1):
+    """The recipe with these flags; UserError if the ranks cannot share a step, in windows of T."""
+    recipe = replace(recipe, **flags)
     if recipe.batch_size % T or recipe.batch_size < T * world_size():
         what_to_do = f"give a multiple of {T:,}, at least {T * world_size():,}"
         raise UserError(f"a step of {recipe.batch_size:,} cannot be shared out", what_to_do)
     warmup_steps = min(recipe.warmup_steps, math.ceil(recipe.max_steps / 10))  # of a short trial
-    return dataclasses.replace(recipe, warmup_steps=warmup_steps)
+    return replace(recipe, warmup_steps=warmup_steps)
 
 
 def open_shards(folder):
-    """The shards of a folder: (training set, {name: validation set})."""
+    """The shards of a folder: (training set, {name: validation set}), one set for each NAME."""
     train = []
     val = {}
     for path in sorted(Path(folder).glob("*.bin")):
         match = re.fullmatch(r"(.+)_(train|val)(_\d+)?", path.stem)
         if match:
-            # several NAMEs of validation shards are several validation sets
             paths = train if match[2] == "train" else val.setdefault(match[1], [])
             paths.append(path)
     if not train or not val:
@@ -1764,9 +1718,8 @@ def open_data(folder, config):
     train_set, val_sets = open_shards(folder)
     tokenizer = fineweb.get_tokenizer(fineweb.read_tokens_info(folder)["tokenizer"])
     if tokenizer.n_vocab != config.n_vocab:
-        problem = f"{folder} has tokens of {tokenizer.name}, {tokenizer.n_vocab:,} of them"
-        what_to_do = "name shards of the model's tokenizer with --data"
-        raise UserError(f"{problem}, and the model {config.n_vocab:,}", what_to_do)
+        problem = f"{folder} has tokens of {tokenizer.name}, and the model has {config.n_vocab:,}"
+        raise UserError(problem, "name shards of the model's tokenizer with --data")
     numbers = [int(path.stem[-6:]) for path in train_set.paths if path.stem[-6:].isdigit()]
     missing = set(range(min(numbers, default=0), max(numbers, default=0))) - set(numbers)
     if missing:
@@ -1785,27 +1738,25 @@ def digest(dataset):
 def describe(run, preset, data, model, train_set, device):
     """What will be done, a line each."""
     recipe = run.recipe
-    name = f"CPU, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name()
+    is_cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name() if is_cuda else f"CPU, {torch.get_num_threads()} threads"
     precision = "bf16 products, fp32 weights" if uses_bf16(device) else "fp32"
     parameters = sum(p.numel() for p in model.parameters())
     epochs = recipe.max_steps * recipe.batch_size / len(train_set)
     state = f"; {run.step:,} are done (--restart starts over)" if run.step else ""
     print(f"model      {preset}: {parameters:,} parameters on {world_size()} x {name}, {precision}")
     print(f"data       {data}: {len(train_set):,} tokens, {recipe.batch_size:,} for each step")
-    steps = f"{recipe.max_steps:,} steps, {epochs:.1f} epochs"
-    print(f"run        {run.out}: {steps}{state}", flush=True)
+    print(f"run        {run.out}: {recipe.max_steps:,} steps, {epochs:.1f} epochs{state}")
 
 
 def finish(run, model, tokenizer):
     """Write and print samples, and what to do next."""
     freeze(model, pick_device())
-    texts = []
+    samples = ""
     for prompt in ("", "The ", "In the beginning"):
         length = min(model.config.block_size, 200)
-        texts += complete(model, tokenizer, prompt, length, temperature=0.8, top_k=50)
-    samples = "".join(f"--- {text}\n" for text in texts)
+        texts = complete(model, tokenizer, prompt, length, temperature=0.8, top_k=50)
+        samples += f"--- {texts[0]}\n"
     with fineweb.atomic_write(run.out / "samples.txt", "w") as file:
         file.write(samples)
     print(samples)
@@ -1845,29 +1796,26 @@ def main():
     args = parser.parse_args()
     join_processes()
     path = args.ckpt or newest_run()
-    if args.sample is not None:
-        parser.only("--sample", "--sample", "--ckpt", "--seed", sampling)
+    if args.eval:
+        parser.only("--eval", "--ckpt", "--data", "--limit")
+        evaluate(path, args.data, args.limit)
+    elif args.export_hf:
+        parser.only("--export-hf", "--ckpt")
+        model, tokenizer, _ = load_model(path)
+        print(f"model      {path}")
+        export_hf(model, tokenizer, args.export_hf)
+    elif args.sample is not None:
+        parser.only("--sample", "--ckpt", "--seed", sampling)
         model, tokenizer, _ = load_model(path)
         print(f"model      {path}")
         freeze(model, pick_device())
         options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-        for text in complete(model, tokenizer, args.sample, args.max_new_tokens, args.num,
-                             args.seed, **options):
-            print(f"{text}\n---")
-    elif args.eval:
-        parser.only("--eval", "--eval", "--ckpt", "--data", "--limit")
-        evaluate(path, args.data, args.limit)
-    elif args.export_hf:
-        parser.only("--export-hf", "--export-hf", "--ckpt")
-        model, tokenizer, _ = load_model(path)
-        print(f"model      {path}")
-        export_hf(model, tokenizer, args.export_hf)
+        inputs = (args.sample, args.max_new_tokens, args.num, args.seed)
+        print(*complete(model, tokenizer, *inputs, **options), sep="\n---\n", end="\n---\n")
     else:
         parser.only("training", training, "--data", "--seed")
         preset, data = choose_setup(args.preset, args.data, pick_device())
-        names = ("max_steps", "batch_size", "micro_batch", "lr", "eval_every")
-        flags = {name: getattr(args, name) for name in names}
-        recipe = with_flags(RECIPES[preset], flags, PRESETS[preset].block_size)
+        recipe = with_flags(RECIPES[preset], recipe_flags(args), PRESETS[preset].block_size)
         train(preset, data, args.out or f"runs/{preset}", recipe, args.seed, args.restart)
     leave_processes()
 
