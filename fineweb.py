@@ -510,7 +510,7 @@ def command_line(main):
 
 
 class Stream(io.FileIO):
-    """A standard stream; when its reader has gone (`| head -1`, a closed terminal), work goes on."""
+    """A standard stream; when its reader has gone (`| head -1`, a closed terminal), all goes on."""
 
     def write(self, data):
         try:

@@ -3277,12 +3277,11 @@ def test_samples_have_the_rewards_of_their_own_picture(precision, monkeypatch):
     words = [[[*coco_eval.tokenize(text), "<end>"] for text in captions] for captions in texts]
     cider = coco_eval.CIDEr(words)
     recipe = Recipe(1, 4, 2, 1e-3, 1)
-    setup = types.SimpleNamespace(seed=0, tokenizer=tokenizer)
     eot = tokenizer.eot_token
     rows = [[*tokenizer.encode_ordinary(text), eot] for group in texts for text in group]
     drawn = iter([rows[i : i + 5] for i in (0, 13, 22, 31)])  # some have the words of their picture
     monkeypatch.setattr(caption, "draw_samples", lambda *args: [next(drawn), next(drawn)])
-    [(_, batches)] = caption.sampled_batches(pictures, model, recipe, setup.seed, setup.tokenizer, 0)
+    [(_, batches)] = caption.sampled_batches(pictures, model, recipe, 0, tokenizer, 0)
     chosen = train_gpt2.step_indices(0, 0, 4, 8)
     for part, batch in zip(chosen.reshape(2, 2), batches, strict=True):
         vision, packed, weights, share = batch
@@ -3859,6 +3858,36 @@ def test_a_bridge_knows_its_parts(captions_run, shapes, tmp_path):
         assert_error(process, "c.safetensors")
 
 
+@pytest.mark.parametrize("name", ["linear", "cross", "qformer"])
+def test_recorded_attention_is_the_fused_one(name, fp32):
+    """A map of attention that is not what the captions come from, or of the wrong words."""
+    tokenizer = fineweb.get_tokenizer("tiny")
+    decoder = small_model(config=train_gpt2.PRESETS["tiny"])
+    model = caption.build(name, 33, 96, decoder)
+    vision = torch.randn(1, 33, 96)
+    text = "a red circle and a blue square"
+    packed = model.pack([[[*tokenizer.encode_ordinary(text), model.eot]]])
+    fused = model.loss(vision, packed)
+    train_gpt2.recorded = weights = []
+    plain = model.loss(vision, packed)
+    train_gpt2.recorded = None
+    assert plain.item() == pytest.approx(fused.item(), rel=1e-5)
+    assert all(torch.allclose(w.sum(-1), torch.ones(()), atol=1e-5) for w in weights)
+    words, seen = caption.look(model, vision, text, tokenizer)
+    assert [word.strip() for word in words] == text.split() and train_gpt2.recorded is None
+    assert all(w.shape == (33,) and w.min() >= 0 and w.sum() < 1 + 1e-5 for w in seen)
+    place = packed.source[0, 1]  # where "red" is predicted
+    size = packed.mask.size(3)
+    own = [w.mean((0, 1)) for w in weights if w.size(2) == w.size(3) == size]
+    to_picture = [w.mean((0, 1)) for w in weights if w.size(2) != w.size(3) == 33]
+    expected = {
+        "linear": lambda: sum(own)[place, :33] / 4,
+        "cross": lambda: sum(to_picture)[place] / 4,
+        "qformer": lambda: sum(own)[place, :32] / 4 @ (sum(to_picture) / len(to_picture)),
+    }[name]()
+    assert np.allclose(seen[1], expected.detach(), atol=1e-6)
+
+
 def test_many_pictures_in_order_and_what_must_not_be_overwritten(captions_run, shapes, tmp_path):
     """Pictures of a folder that lose their order or their captions; a photograph replaced."""
     flags, folder, _ = captions_run
@@ -3869,6 +3898,9 @@ def test_many_pictures_in_order_and_what_must_not_be_overwritten(captions_run, s
     command = ["--ckpt", folder / "runs/shapes-cross/best.pt", "--sample"]
     process = run("caption.py", *command, own, "--results", "out.json", cwd=tmp_path)
     assert process.returncode == 0 and process.stderr.count("error:") == 2, process.stderr
+    for pictures, code in (([own / "000077.png"], 0), ([own], 2)):
+        out = run("caption.py", *command, *pictures, "--attention", "at.png", cwd=tmp_path)
+        assert out.returncode == code and (code or Image.open(tmp_path / "at.png").width == 1128)
     results = json.loads((tmp_path / "out.json").read_text())
     names = [Path(entry["image_id"]).name for entry in results]
     assert names == [f"{i:06d}.png" for i in range(1, 101) if i != 50]
