@@ -3888,6 +3888,33 @@ def test_recorded_attention_is_the_fused_one(name, fp32):
     assert np.allclose(seen[1], expected.detach(), atol=1e-6)
 
 
+@measured
+@pytest.mark.parametrize("name", ["linear", "cross", "qformer"])
+def test_measured_attention(name):
+    """In how many of 100 pictures the cell seen most, when a shape is said, is that object's.
+
+    It needs runs/toy-NAME, here: python caption.py --compare makes them.
+    """
+    path = HERE / f"runs/toy-{name}/best.pt"
+    if not path.exists():
+        pytest.skip(f"needs {path}")
+    args = types.SimpleNamespace(data=None, lm=None, clip=None, bridge=name)
+    setup = caption.open_setup(caption.choose_parts(args, run=caption.read_bridge(path)[0]))
+    captioner = caption.load_captioner(path, setup)
+    pictures = caption.load_pictures(setup, "val")
+    rng = random.Random(0)
+    correct = []
+    for i in range(100):
+        objects = rng.sample(pictures.pictures[i]["scene"]["objects"], 2)
+        a, b = map(fineweb.object_name, objects)
+        text = f"a picture of a {a} and a {b}"
+        _, seen = caption.look(captioner, pictures.vision([i]), text, setup.tokenizer)
+        for thing, weights in zip(objects, (seen[5], seen[9]), strict=True):  # the two shapes
+            row, col = divmod(weights[1:].argmax(), 8)
+            correct.append((row, col // 2) == (thing["row"], thing["col"]))
+    print(f"\n{name}: {np.mean(correct):.3f} of {len(correct)} shapes, by chance {1 / 16:.3f}")
+
+
 def test_many_pictures_in_order_and_what_must_not_be_overwritten(captions_run, shapes, tmp_path):
     """Pictures of a folder that lose their order or their captions; a photograph replaced."""
     flags, folder, _ = captions_run
