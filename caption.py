@@ -48,8 +48,19 @@ import coco_eval
 import fineweb
 import train_gpt2
 from fineweb import UserError, number
-from train_gpt2 import MLP, KVCache, Recipe, Run, attention, autocast, get_lr, pick_device
-from train_gpt2 import rank, recipe_flags, share_out
+from train_gpt2 import (
+    MLP,
+    KVCache,
+    Recipe,
+    Run,
+    attention,
+    autocast,
+    get_lr,
+    pick_device,
+    rank,
+    recipe_flags,
+    share_out,
+)
 
 # -----------------------------------------------------------------------------
 # 0. Why it works
