@@ -291,7 +291,7 @@ class CrossAttentionBridge(nn.Module):
 class Attention(nn.Module):
     """Attention from x (B, T, C) to another sequence, or to itself; its two halves by themselves.
 
-    keys_values() is called once for a picture, forward() for each new token.
+    With cross, keys_values() is called once for a picture, forward() for each new token.
     """
 
     def __init__(self, config):
@@ -377,7 +377,7 @@ class Captioner(nn.Module):
     def forward(self, vision, packed, weights=None):
         """(None, mean loss), as GPT has it with targets.
 
-        weights (B, K): of each caption's loss, which is then summed and divided by B; chapter 5.
+        weights (B, 2 K in chapter 5): of each caption's loss, which is then summed and divided by B; chapter 5.
         """
         if weights is None:
             return None, self.loss(vision, packed)

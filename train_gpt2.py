@@ -19,7 +19,8 @@ To read, in an evening: 1 the model, 2 generation, 3 data, 4 the recipe, 5 train
 evaluation, using a model, devices and processes, the folder of a run, the command line.
 
 Letters beside the code: B batch, T time (tokens), C width, nh heads, hs head size, V vocabulary,
-P prefix, N targets of a row. GPT-2: Radford et al. 2019; its training: Brown et al. 2020 (GPT-3).
+P prefix, N targets of a row. GPT-2: Radford et al. 2019, which does not tell how it was trained;
+the recipe is GPT-3's (Brown et al. 2020).
 """
 import contextlib
 import csv
@@ -398,7 +399,7 @@ def prefetch(get, first, last, ahead=4):
             yield step, get(step)
 
     Reading 512 windows from all over a disk for the first time took one thread 0.2 to 0.5 s, and
-    four threads 0.1 s; a step of the 124M takes a GPU 1 to 8 s.
+    four threads 0.1 s.
     """
 
     def begin():
@@ -547,10 +548,10 @@ def train(preset, data, out, recipe, seed=0, restart=False):
     """Train a preset on the shards in `data`, or go on with the run in `out`. The loop below:
 
         for each step:
-            every 250 steps                      validation loss, HellaSwag, checkpoint, curves
+            every recipe.eval_every steps        validation loss, HellaSwag, checkpoint, curves
             lr = get_lr(step)
             loss = train_step(micro-batches)     forward, backward, add up, clip, update
-            every 20 steps                       a line on the screen and in log.csv
+            every recipe.log_every steps         a line on the screen and in log.csv
             after Ctrl-C                         save, leave; the same command goes on from here
     """
     device = pick_device()
@@ -787,7 +788,7 @@ def sinusoids(T, C, std):
     angles = 2 * math.pi * t / periods
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (T, 2 * periods)
     # each wave in a random direction of its own, spread over all C numbers of a position; scaled to
-    # the length that positions have in GPT-2
+    # the length of random positions with this std
     directions = torch.linalg.qr(torch.randn(C, waves.size(1)))[0]  # orthogonal
     return waves @ directions.T * std * math.sqrt(C / len(periods))
 
