@@ -377,7 +377,8 @@ class Captioner(nn.Module):
     def forward(self, vision, packed, weights=None):
         """(None, mean loss), as GPT has it with targets.
 
-        weights (B, 2 K in chapter 5): of each caption's loss, which is then summed and divided by B; chapter 5.
+        weights (B, captions): of each caption's loss, which is then summed and divided by B (chapter
+        5: K samples and K references).
         """
         if weights is None:
             return None, self.loss(vision, packed)
