@@ -377,8 +377,8 @@ class Captioner(nn.Module):
     def forward(self, vision, packed, weights=None):
         """(None, mean loss), as GPT has it with targets.
 
-        weights (B, captions): of each caption's loss, which is then summed and divided by B (chapter
-        5: K samples and K references).
+        weights (B, captions): of each caption's loss, which is then summed and divided by B
+        (chapter 5: K samples and K references).
         """
         if weights is None:
             return None, self.loss(vision, packed)
