@@ -1240,8 +1240,10 @@ def choose_parts(args, seed=0, run=None):
     if run:
         given = {"seed": seed, "bridge": args.bridge, "lm": args.lm, "clip": args.clip}
         for flag, value in given.items():
+            if not value or value == run[flag]:
+                continue
             on_disk = Path(str(value)).exists() or Path(str(value).partition("/")[2]).is_file()
-            if value and value != run[flag] and not on_disk:
+            if not (on_disk and flag in ("lm", "clip")):
                 problem = f"the bridge was trained with --{flag} {run[flag]}, not {value}"
                 raise UserError(problem, "leave the flag out, or choose another --out")
         toy, seed = run["toy"], run["seed"]

@@ -607,7 +607,7 @@ def atomic_write(path, mode="wb", **options):
     """Open a temporary file beside `path`, which takes that name when it is whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # ranks may write at once
     if "b" not in mode:
         options.setdefault("encoding", "utf-8")
     try:

@@ -1419,8 +1419,10 @@ class Run:
         self.stack = contextlib.ExitStack()
         if rank() == 0:
             self.stack.enter_context(fineweb.lock(self.out))
-            for name in ("ckpt.pt", "best.pt", "log.csv") if self.restart else ():
-                (self.out / name).unlink(missing_ok=True)
+            for name in ("ckpt.pt", "best.pt", "log.csv"):
+                old = [*self.out.glob(f".{name}.*.tmp")]  # of a kill in the middle of writing
+                for path in (*old, self.out / name) if self.restart else old:
+                    path.unlink(missing_ok=True)
             with open(self.out / "log.csv", "a") as file:  # tells that this is the folder of a run
                 file.write("" if file.tell() else "step\n")
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
