@@ -48,19 +48,7 @@ import coco_eval
 import fineweb
 import train_gpt2
 from fineweb import UserError, number
-from train_gpt2 import (
-    MLP,
-    KVCache,
-    Recipe,
-    Run,
-    attention,
-    autocast,
-    get_lr,
-    pick_device,
-    rank,
-    recipe_flags,
-    share_out,
-)
+from train_gpt2 import MLP, KVCache, Recipe, Run, attention, autocast, get_lr, pick_device, rank
 
 # -----------------------------------------------------------------------------
 # 0. Why it works
@@ -444,7 +432,7 @@ def get_micro_batches(train_set, captioner, recipe, seed, step):
         return sum(min(len(ids), captioner.room) for ids in captions)
 
     batches = []
-    for part in share_out(chosen, recipe):
+    for part in train_gpt2.share_out(chosen, recipe):
         packed = captioner.pack([train_set.captions[i] for i in part])
         vision, packed = train_gpt2.pin(train_set.vision(part), packed)
         batches.append((vision, packed, targets(part) / targets(chosen)))
@@ -569,7 +557,7 @@ def sampled_batches(train_set, captioner, recipe, seed, tokenizer, first_step):
         generator.manual_seed((seed * 10**6 + step) * 1000 + rank())
         chosen = train_gpt2.step_indices(seed, step, recipe.batch_size, len(train_set))
         batches = []
-        for part in share_out(chosen, recipe):
+        for part in train_gpt2.share_out(chosen, recipe):
             vision = train_set.vision(part).to(device)
             drawn = draw_samples(captioner, vision, generator)
             groups = []
@@ -861,7 +849,7 @@ def compare_bridges(args, parts, setup):
     curves = {}
     for name in BRIDGES:
         out = run_folder(args, parts, name)
-        train(name, setup, out, recipe_flags(args), args.restart)
+        train(name, setup, out, train_gpt2.recipe_flags(args), args.restart)
         log = train_gpt2.read_log(out / "log.csv")
         curves[name] = train_gpt2.curve(log, "val_val")
         columns[name] = evaluate(out, setup) | {"seconds": log[-1]["seconds"]}
@@ -999,6 +987,8 @@ def sample(args):
     if args.grid:
         draw_grid(args.grid, captions.items())
         print(f"{args.grid} has the pictures with their captions")
+    if args.attention and not captions[paths[0]]:
+        raise UserError("the caption is empty", "there is no word whose attention could be drawn")
     if args.attention:
         vision = pool_tokens(setup.encoder(setup.encoder.prepare(paths[0])[None]))
         words, seen = look(captioner, vision, captions[paths[0]], setup.tokenizer)
@@ -1039,9 +1029,11 @@ def trained_captioner(args):
     if args.ckpt:
         return args.ckpt, open_setup(choose_parts(args, run=read_bridge(args.ckpt)[0]))
     out, parts, base = choose_run(args, seed=0)
-    flags = recipe_flags(args)
+    flags = train_gpt2.recipe_flags(args)
+    is_missing = args.restart or flags or not train_gpt2.is_finished(out / "ckpt.pt")
+    base = trained_bridge(base) if base and is_missing else None
     setup = open_setup(parts)
-    if args.restart or flags or not train_gpt2.is_finished(out / "ckpt.pt"):
+    if is_missing:
         print(f"missing    the bridge: training {args.bridge}")
         train(args.bridge, setup, out, flags, args.restart, base)
         evaluate(out, setup)
@@ -1476,13 +1468,13 @@ def run_folder(args, parts, name, scst=False):
 def choose_run(args, seed):
     """(folder, Parts, base) for the flags; the Parts are a run's own, unless it restarts.
 
-    base: the file of the bridge from which --scst goes on, else None.
+    base: the folder of the run from which --scst goes on, else None.
     """
     parts = choose_parts(args, seed)
     out = run_folder(args, parts, args.bridge, args.scst)
     train_gpt2.refuse_other_files(out, "pictures")
-    base = trained_bridge(run_folder(args, parts, args.bridge)) if args.scst else None
-    bridge = base or out / "best.pt"
+    base = run_folder(args, parts, args.bridge) if args.scst else None
+    bridge = (base or out) / "best.pt"
     if bridge.exists() and (base or not args.restart):
         parts = choose_parts(args, seed, read_bridge(bridge)[0])
     return out, parts, base
@@ -1558,11 +1550,11 @@ def main():
         parser.only(what, "--beam", "--bridge", "--scst", "--out", "--seed", parts,
                     *([] if args.eval else [training]))
         out, chosen, base = choose_run(args, args.seed)
-        if args.eval:
-            trained_bridge(out)  # or an error
+        folder = out if args.eval else base
+        bridge = trained_bridge(folder) if folder else None  # or an error, before all is loaded
         setup = open_setup(chosen)
         if not args.eval:
-            train(args.bridge, setup, out, recipe_flags(args), args.restart, base)
+            train(args.bridge, setup, out, train_gpt2.recipe_flags(args), args.restart, bridge)
         evaluate(out, setup, args.beam)
     train_gpt2.leave_processes()
 

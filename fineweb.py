@@ -383,11 +383,11 @@ def read_documents(paths):
             for number, part in enumerate(file if is_json else [file.read()], 1):
                 with reading(f"{path} line {number}" if is_json else path, what):
                     text = part.decode("utf-8-sig")
-                    if is_json and text.strip():
-                        text = json.loads(text)["text"]
+                    if is_json:
+                        text = json.loads(text)["text"] if text.strip() else ""
                     if not isinstance(text, str):
                         raise TypeError(f"its text is {text}")
-                if text.strip():
+                if text:
                     yield text
 
 
@@ -510,7 +510,7 @@ def command_line(main):
 
 
 class Stream(io.FileIO):
-    """A standard stream; when its reader has gone (`| head -1`, a closed terminal), all goes on."""
+    """A standard stream; what is written after its reader has gone (`| head -1`) goes nowhere."""
 
     def write(self, data):
         try:
@@ -518,11 +518,11 @@ class Stream(io.FileIO):
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.EIO):
                 raise
-            return len(data)  # it goes nowhere
+            return len(data)
 
 
 def open_streams():
-    """Make Streams of stdout and stderr, on which a character without a glyph becomes "?"."""
+    """Make Streams of stdout and stderr; a character that they cannot encode becomes "?"."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)

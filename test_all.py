@@ -3843,11 +3843,11 @@ def test_a_bridge_knows_its_parts(captions_run, shapes, tmp_path):
     run("caption.py", "--bridge", "cross", "--out", out, "--export", tmp_path / "b", cwd=folder)
     process = run("caption.py", "--ckpt", "b.safetensors", "--sample", "a.png", cwd=tmp_path)
     assert process.returncode == 0 and "a.png: " in process.stdout, process.stderr
+    (tmp_path / "linear").mkdir()  # a folder is no bridge
     for flag, value in (("--clip", "ViT-L-14/openai"), ("--lm", "gpt2"), ("--bridge", "linear")):
         process = run("caption.py", "--ckpt", "b.safetensors", "--sample", "a.png", flag, value,
                       cwd=tmp_path)
         assert_error(process, f"was trained with {flag}", f"not {value}")
-        (tmp_path / "linear").mkdir(exist_ok=True)  # a folder is no bridge
     process = run("caption.py", *flags[:2], "--bridge", "cross", "--eval", cwd=folder)
     assert process.returncode == 0 and "METEOR" in process.stdout, process.stderr  # a run, too
     with open(tmp_path / "b.safetensors", "rb") as file:

@@ -246,7 +246,7 @@ def generate(model, idx, max_new_tokens, prefix=None, stop=-1, before_block=None
             token = sample_token(logits[:, -1], temperature)
             idx = torch.cat([idx, token[:, None]], dim=1)
 
-    Here a KV cache keeps what was computed, and a full context drops its older half at once
+    Here a KV cache keeps what was computed, and a full context drops its older half, not one token
     (tested by test_cached_equals_uncached_beyond_the_context).
     prefix: vectors (B, P, C) before the ids, which then begin at position P; idx may be (B, 0).
     stop: a token that ends its row, which is then filled up with it (-1: none). before_block: see
@@ -1402,9 +1402,10 @@ class Run:
             with fineweb.reading(self.path, "of this version", RuntimeError, what_to_do=what_to_do):
                 model.load_state_dict(checkpoint["model"])
                 optimizer.load_state_dict(checkpoint["optimizer"])
-                vars(self).update({name: checkpoint[name] for name in STATE})
+                for name in STATE:
+                    setattr(self, name, checkpoint.get(name, getattr(self, name)))
             ended = self.step >= self.recipe.max_steps
-            if ended and checkpoint["recipe"] != asdict(self.recipe):
+            if ended and checkpoint.get("recipe", asdict(self.recipe)) != asdict(self.recipe):
                 problem = f"{self.out} has come to its end with another recipe"
                 raise UserError(problem, f"give more --steps than {self.step}, or {what_to_do}")
             self.finished = self.finished and ended
@@ -1589,8 +1590,10 @@ def read_log(path):
 
 def draw_run(path, rows):
     """A chart of the rows of a log: losses, and beside them HellaSwag or CIDEr-D if measured."""
-    titles = {"hellaswag": "HellaSwag, acc_norm by token mean (OpenAI's 124M: 0.2955)"}
-    titles["cider"] = "CIDEr-D of greedy captions"
+    titles = {
+        "hellaswag": "HellaSwag, acc_norm by token mean (OpenAI's 124M: 0.2955)",
+        "cider": "CIDEr-D of greedy captions",
+    }
     lines = {"training": curve(rows, "loss")}
     panels = {"loss, nats per token": lines}
     for name in dict.fromkeys(itertools.chain(*rows)):
