@@ -491,6 +491,15 @@ def test_unreadable_text_is_refused(name, content, words, tmp_path):
         list(fineweb.read_documents([tmp_path / name]))
 
 
+def test_documents_are_read_as_they_are(tmp_path):
+    """A blank line that becomes a document, or spaces and line ends that are lost."""
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\n\n  \n{"text": ""}\n{"text": " y "}')
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\n")
+    (tmp_path / "c.txt").write_bytes(b"")
+    paths = [tmp_path / name for name in ("a.jsonl", "b.txt", "c.txt")]
+    assert list(fineweb.read_documents(paths)) == ["x", " y ", "one\r\ntwo\n"]
+
+
 @real_data
 def test_too_little_text_and_two_at_once_are_refused(tmp_path, monkeypatch):
     """Shards without text, a name from "--out .", or two processes that write one folder."""
@@ -1241,6 +1250,27 @@ def test_many_such_losses_stop_the_run(tmp_path):
         with pytest.raises(UserError, match="10 steps in a row.*ckpt.pt.*--lr"):
             run.count_step(math.nan, 1.0)
     train_gpt2.draw_curves(tmp_path / "a.png", {"loss": {"train": []}})  # none of it is finite
+
+
+def test_seconds_are_those_of_training(tmp_path, monkeypatch):
+    """A run's time and speed that count its evaluations; one that ended without being finished."""
+    clock = iter(itertools.count())
+    monkeypatch.setattr(train_gpt2.time, "time", lambda: next(clock))  # a second for each look
+    recipe = Recipe(2, 64, 1, 1e-3, 1)
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with train_gpt2.Run(tmp_path, {}, recipe, "tokens") as run:
+        run.count_step(1.0, 1.0)
+        seconds = run.seconds
+        for _ in range(50):  # an evaluation
+            train_gpt2.time.time()
+        run.record({"val_val": 1.0}, model, optimizer)
+        assert not run.finished and not train_gpt2.is_finished(tmp_path / "ckpt.pt")
+        run.count_step(1.0, 1.0)
+        run.progress(1.0, 1e-3, 1.0)
+        assert run.seconds - seconds < 5 and run.rows[-1]["seconds"] == run.seconds
+        run.record({"val_val": 1.0}, model, optimizer)
+        assert run.finished and train_gpt2.is_finished(tmp_path / "ckpt.pt")
 
 
 def test_orthogonalized_matrices_have_singular_values_near_one():
@@ -3634,16 +3664,21 @@ def test_a_comparison_of_all_bridges(captions_run):
 def test_self_critical_training_and_an_exported_bridge(captions_run, shapes, server, tmp_path):
     """--scst that does not go on from the bridge; an export that captions otherwise."""
     flags, folder, _ = captions_run
+    picture = shapes / "val/000001.png"
     unfinished = folder / "unfinished"
     shutil.copytree(folder / "runs/shapes-cross", unfinished)
     checkpoint = torch.load(unfinished / "ckpt.pt", weights_only=True)
     torch.save(checkpoint | {"finished": False}, unfinished / "ckpt.pt")  # it was interrupted
-    for task in (["--scst"], ["--eval"], ["--export", "half"]):
+    for task in (["--scst"], ["--scst", "--sample", picture], ["--eval"], ["--export", "half"]):
         process = run("caption.py", *flags[:8], *task, "--out", unfinished, cwd=folder)
         assert_error(process, "no trained bridge")
     process = run("caption.py", *flags[:8], "--scst", "--steps", 3, "--batch", 4, cwd=folder)
     assert process.returncode == 0, process.stderr
     assert "CIDEr-D of greedy captions" in process.stdout
+    (folder / "runs/shapes-cross/ckpt.pt").rename(folder / "hidden.pt")  # it is no longer needed
+    process = run("caption.py", *flags[:8], "--scst", "--sample", picture, cwd=folder)
+    (folder / "hidden.pt").rename(folder / "runs/shapes-cross/ckpt.pt")
+    assert process.returncode == 0 and "missing" not in process.stdout, process.stderr
     out = folder / "runs/shapes-cross-scst"
     rows = train_gpt2.read_log(out / "log.csv")
     assert [row["step"] for row in rows if "cider" in row] == [0, 1, 2, 3]
@@ -3873,6 +3908,10 @@ def test_recorded_attention_is_the_fused_one(name, fp32):
     plain = model.loss(vision, packed)
     train_gpt2.recorded = None
     assert plain.item() == pytest.approx(fused.item(), rel=1e-5)
+    train_gpt2.recorded = []  # without a mask: causal
+    logits, _ = decoder(packed.idx)
+    train_gpt2.recorded = None
+    assert torch.allclose(logits, decoder(packed.idx)[0], atol=1e-5)
     assert all(torch.allclose(w.sum(-1), torch.ones(()), atol=1e-5) for w in weights)
     words, seen = caption.look(model, vision, text, tokenizer)
     assert [word.strip() for word in words] == text.split() and train_gpt2.recorded is None
