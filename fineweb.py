@@ -23,17 +23,13 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
 import shutil
-import signal
 import sys
-import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -83,15 +79,14 @@ def gpt2_files():
 def encode_document(text, tokenizer):
     """<|endoftext|> and the tokens of one document, uint16.
 
-    "<|endoftext|>" within the text is plain text. A book is encoded by the million characters, cut
-    before a space, where tokens end anyway: a list of all its tokens would take 15 times its size.
-    Runs of whitespace are cut at a thousand, because tiktoken fails at a million.
+    "<|endoftext|>" within the text is plain text. Runs of whitespace are cut at a thousand, because
+    tiktoken fails at a million; half a surrogate pair, which no UTF-8 can hold, becomes "?".
     """
-    tokens = [np.array([tokenizer.eot_token], dtype=np.uint16)]
+    text = text.encode(errors="replace").decode()
+    tokens = [[tokenizer.eot_token]]
     for part in re.split(r"(\s{1000})", text):
-        for piece in re.findall(r"[\s\S]{1,1000000}(?<=\S)(?=\s)|[\s\S]+", part):
-            tokens.append(np.array(tokenizer.encode_ordinary(piece), dtype=np.uint16))
-    return np.concatenate(tokens)
+        tokens.append(tokenizer.encode_to_numpy(part, disallowed_special=()))
+    return np.concatenate(tokens, dtype=np.uint16, casting="unsafe")
 
 
 # -----------------------------------------------------------------------------
@@ -424,27 +419,12 @@ def text_to_shards(paths, folder, val_fraction=0.01, shard_tokens=SHARD_TOKENS):
 def encode_all(documents, tokenizer):
     """Yield the tokens of each document, in order; a thousand documents are in memory at a time."""
     encode = functools.partial(encode_document, tokenizer=tokenizer)
-    pool = ProcessPoolExecutor(initializer=end_with_parent)
-    with pool, tqdm(unit=" tokens", disable=None) as bar:
-        try:
-            while batch := list(itertools.islice(documents, 1000)):
-                for tokens in pool.map(encode, batch, chunksize=math.ceil(len(batch) / 64)):
-                    bar.update(len(tokens))
-                    yield tokens
-        except BrokenProcessPool as error:  # the system kills a process when memory is short
-            problem = "a process that tokenizes was killed"
-            raise UserError(problem, "free some memory, or give smaller files") from error
-
-
-def end_with_parent():
-    """Leave Ctrl-C to the process that started this one, and end when that has ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def wait():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
+    # tiktoken lets other threads run while it works
+    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(unit=" tokens", disable=None) as bar:
+        while batch := list(itertools.islice(documents, 1000)):
+            for tokens in pool.map(encode, batch):
+                bar.update(len(tokens))
+                yield tokens
 
 
 # -----------------------------------------------------------------------------
