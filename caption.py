@@ -74,10 +74,10 @@ from train_gpt2 import MLP, KVCache, Recipe, Run, attention, autocast, get_lr, p
 #     qformer     query 1        queries 2 ... 32 (to 31); the caption begins at 32
 #     cross       <|endoftext|>  a red circle is ...                 (it sees the picture inside)
 #
-# So linear's vectors stand where the map's words stood, and its class token where <|endoftext|> was
-# (4 x 8 of them, because the map is 4 x 4 cells of two words). The Q-Former's vectors begin one
-# place earlier, which it learns to live with; no newline follows either of them. With cross the
-# caption stands where the decoder has seen maps: the bridge has to overcome that, too.
+# So linear's 4 x 8 averages stand exactly where the map's 4 x 4 x 2 words stood, and its class
+# token where <|endoftext|> was. The Q-Former has no class token: its first query stands at position
+# 0, and its caption begins at 32, one place before linear's. No newline follows either of them.
+# With cross the caption stands where the decoder has always seen a map; it has to learn that, too.
 
 # -----------------------------------------------------------------------------
 # 1. The image encoder: what CLIP sees, as tokens

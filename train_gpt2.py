@@ -39,7 +39,6 @@ import sys
 import time
 import zipfile
 import zlib
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -105,19 +104,19 @@ class CausalSelfAttention(nn.Module):
         return self.c_proj(y)
 
 
-recorded = None  # a list that takes the weights, while someone wants to see them (caption.py)
+recorded = None  # a list, while caption.py draws what each word looks at: it takes the weights
 
 
 def attention(q, k, v, mask=None, is_causal=False):
     """Each query's mean of the values, weighted by how well it matches their keys: (B, nh, T, hs).
 
-    FlashAttention (Dao et al. 2022) computes the same as the plain form here, but in tiles, and
+    FlashAttention (Dao et al. 2022) computes the same as the plain form below, but in tiles, and
     never stores the scores; PyTorch chooses it on GPUs (tested by
     test_decoder_equals_a_plain_float64_one and test_recorded_attention_is_the_fused_one).
     """
-    if recorded is None:
+    if recorded is None:  # the usual way: FlashAttention
         return fused_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, nh, T, T)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # the plain form: (B, nh, T, T)
     if is_causal:
         mask = torch.ones_like(scores, dtype=torch.bool).tril()  # causal mask: not the future
     if mask is not None:
@@ -159,8 +158,6 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2, with OpenAI's names of tensors."""
 
-    center = 0.0  # what center_tokens() has moved from the token table to the positions
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -185,7 +182,7 @@ class GPT(nn.Module):
         h = self.hidden_states(self.embed(idx))  # (B, T, C)
         if targets is None:
             return self.logits(h), None
-        return None, self.loss(h, targets)
+        return None, self.loss(h, targets)  # the logits of all positions are never needed at once
 
     def embed(self, idx, positions=None):
         """Token ids (B, T) to vectors (B, T, C). positions: (T,) or (B, T), default 0 ... T - 1."""
@@ -210,10 +207,13 @@ class GPT(nn.Module):
         return F.linear(h, self.wte.weight)[..., : self.config.n_vocab]
 
     def loss(self, h, targets, reduction="mean"):
-        """F.cross_entropy(self.logits(h).flatten(0, 1), targets.flatten()), in nats.
+        """Cross-entropy in nats: how surprised the model is by the targets (B, T). The plain form:
 
-        The logits of a whole batch, 13 GB for 64 x 1024 tokens, never exist at once: "The loss in
-        chunks", behind the banner. reduction: "mean", "sum", or "none" for each target (B, T).
+            logits = self.logits(h)                                       # (B, T, V)
+            return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+        These logits take 13 GB for 64 x 1024 tokens; "The loss in chunks", behind the banner, has a
+        thirtieth of them at a time. reduction: "mean", "sum", or "none" for each target.
         """
         return cross_entropy(h, self.wte.weight, targets, self.config.n_vocab, reduction)
 
@@ -407,13 +407,13 @@ def prefetch(get, first, last, ahead=4):
         torch.set_num_threads(1)  # of a loader: more of them slowed training by a sixth
 
     torch.get_num_threads()  # settles how many threads a step has, before begin() can
-    futures = deque()
+    futures = {}  # of steps that are being prepared
     with ThreadPoolExecutor(ahead, initializer=begin) as threads:
-        for step in range(first, last + ahead):
-            if step < last:
-                futures.append(threads.submit(get, step))
-            if step >= first + ahead:
-                yield step - ahead, futures.popleft().result()
+        for step in range(first, last):
+            for later in range(step, min(step + ahead, last)):
+                if later not in futures:
+                    futures[later] = threads.submit(get, later)
+            yield step, futures.pop(step).result()
 
 
 def pin(*tensors):
@@ -460,7 +460,8 @@ RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up, cooldo
     # and a flat rate that falls linearly do
     "tiny": Recipe(1_900, 1_536, 24, 1e-3, 40, 0.5, 20, eval_every=190, eval_tokens=20_480),
     "small": Recipe(500, 8_192, 16, 2e-3, 50, eval_every=50, eval_tokens=16_384),
-    # GPT-3's recipe: 19,073 steps of 524,288 tokens are 10.0 B, 715 of them 375 M
+    # GPT-3's recipe: 19,073 steps of 524,288 tokens are 10.0 B, 715 of them 375 M. The larger sizes
+    # have GPT-3's rates, and the same steps (its XL had steps of 1 M tokens)
     "gpt2": Recipe(19_073, 524_288, 16, 6e-4, 715),
     # Not yet run at full size. 4.5 B tokens with Muon at .01, a flat rate, then linear, no decay:
     # near record 4 of modded-nanogpt, which reached the 3.28 on FineWeb of llm.c's 10 B tokens with
@@ -475,8 +476,8 @@ RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up, cooldo
 def get_lr(step, recipe):
     """The learning rate of a step: a cosine (Brown et al. 2020, appendix B), or flat, then linear.
 
-    The loss falls most while the rate falls, however long it was high before; so the second (Zhai
-    et al. 2021, section 3.5) keeps it high for longer.
+    A high rate gets far, but the weights bounce about: the loss drops when the rate is lowered,
+    whenever that is. So the second (Zhai et al. 2021, section 3.5) lowers it only near the end.
     """
     # 1) linear warm-up: the first gradients, of random weights, are large and say little
     if step < recipe.warmup_steps:
@@ -1142,6 +1143,9 @@ def export_hf(model, tokenizer, folder):
     print(f"{folder} is ready for transformers.AutoModelForCausalLM.from_pretrained")
     if tokenizer.name != "gpt2":
         print(f"its tokenizer, {tokenizer.name}, is this project's own: transformers has none")
+
+
+GPT.center = 0.0  # what center_tokens() has moved; caption.py takes it off a prefix again
 
 
 @torch.no_grad()
