@@ -892,7 +892,7 @@ def look(captioner, vision, text, tokenizer):
     It is the attention where a word is predicted, the mean over heads and layers, in a pass over
     the picture (1, S, D) and the text. Behind a Q-Former words see queries, and those the picture.
     """
-    ids = tokenizer.encode_ordinary(text)
+    ids = tokenizer.encode_ordinary(text)[: captioner.room]
     packed = captioner.pack([[[*ids, captioner.eot]]]).to(vision.device)
     train_gpt2.recorded = weights = []
     try:

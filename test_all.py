@@ -3917,6 +3917,8 @@ def test_recorded_attention_is_the_fused_one(name, fp32):
         "qformer": lambda: sum(own)[place, :32] / 4 @ (sum(to_picture) / len(to_picture)),
     }[name]()
     assert np.allclose(seen[1], expected.detach(), atol=1e-6)
+    words, seen = caption.look(model, vision, "a red circle " * 40, tokenizer)  # is cut
+    assert len(words) == model.room and all(w[1:].max() > 0 for w in seen)
 
 
 @measured
