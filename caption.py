@@ -71,7 +71,7 @@ from train_gpt2 import MLP, KVCache, Recipe, Run, attention, autocast, get_lr, p
 #     position    0              1 ... 32                            33     34 ...
 #     toy text    <|endoftext|>  the map, two words for a cell       \n     a red circle is ...
 #     linear      class token    32 averages of patches, two a cell  a      red circle is ...
-#     qformer     query 1        queries 2 ... 32 (to 31); the caption begins at 32
+#     qformer     query 1        queries 2 ... 32, at 1 ... 31; the caption begins at 32
 #     cross       <|endoftext|>  a red circle is ...                 (it sees the picture inside)
 #
 # So linear's 4 x 8 averages stand exactly where the map's 4 x 4 x 2 words stood, and its class
@@ -126,7 +126,8 @@ class ImageEncoder:
 def pool_tokens(tokens):
     """Average the square of patches to 4 x 8: (B, 1 + n * n, D) to (B, 1 + 32, D).
 
-    256 patches to 32 make a sequence eight times shorter, and a cache of 8 GB instead of 65.
+    ViT-L/14's 256 patches (the toy's 64) become 32: a sequence eight times shorter, and for COCO a
+    cache of 8 GB instead of 65.
     """
     B, S, D = tokens.shape
     side = math.isqrt(S - 1)
@@ -140,8 +141,8 @@ def pool_tokens(tokens):
 #
 #              what the decoder gets                          where             trained
 #   linear     S vectors, each vision token projected         before the text   projection
-#   qformer    32 vectors, gathered by learned queries        before the text   that, 1 to 4 layers
-#   cross      attention to the vision tokens, per block      inside            that, attention
+#   qformer    32 vectors, gathered by learned queries        before the text   it, 1 to 4 layers
+#   cross      attention to the vision tokens, per block      inside            it, attention
 #   blind      what linear makes of zeros, to compare with    before the text   projection
 #
 # Each has the same two methods: prefix(vision) gives the vectors before the text, or None;
@@ -354,7 +355,8 @@ class Captioner(nn.Module):
         prefix = self.bridge.prefix(vision)
         if prefix is None:
             return self.decoder.wte.weight[self.eot].expand(len(vision), 1, -1) + positions
-        # freeze() moves the mean token into the positions, which a prefix must not get on top
+        # freeze() moved the mean token, center, from wte to wpe, so that words keep their vectors.
+        # A prefix is not made of wte: it must not get the mean on top
         return prefix + (positions - self.decoder.center)
 
     def pack(self, captions):
@@ -474,7 +476,7 @@ def train(name, setup, out, flags, restart=False, base=None):
     tokenizer = setup.tokenizer if base else None
     with run:
         for step, parts in batches:
-            if step % recipe.eval_every == 0 and (step or base):
+            if step % recipe.eval_every == 0 and (step or base):  # of --scst also the beginning
                 run.record(validate(captioner, val_set, run, tokenizer), bridge, optimizer)
             lr = get_lr(step, recipe)
             for group in optimizer.param_groups:

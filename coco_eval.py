@@ -84,7 +84,7 @@ class CIDEr:
                 grams.update(*ngram_counts(reference))
             frequency.update(grams)
         self.log_n = math.log(pictures)
-        self.information = frequency  # in its place: all of COCO's n-grams take a gigabyte
+        self.information = frequency  # overwritten: a second one for COCO would take a gigabyte
         for gram, df in frequency.items():
             self.information[gram] = self.log_n - math.log(df)
 

@@ -152,8 +152,8 @@ def read_tokens_info(folder):
 #     a picture of a blue square and a red circle                           one to five captions
 #     the blue square is at the top left
 #
-# The map names each cell twice, because two of the 32 vision tokens that will later stand in its
-# place show one cell of a picture. Large objects are in capitals.
+# The map names each cell twice, to fill 32 places: caption.py will later put 32 vectors there that
+# show a picture, two for each cell. Large objects are in capitals.
 
 COLORS = ("red", "green", "blue", "yellow", "pink", "white")
 SHAPES = ("circle", "square", "triangle", "cross")

@@ -7,7 +7,7 @@ HellaSwag: which of four endings does the model find most likely?
 
 Each item is the beginning of a story with four endings, one of which is right; the wrong ones were
 written by a machine and chosen to deceive machines (Zellers et al. 2019). Chance is 0.25. Two ways
-to measure are in use, which differ by 1.6 points on the same model:
+to measure are in use, whose acc_norm differs by 1.6 points on the same model:
 
     token mean   (build-nanogpt, llm.c)     context as it stands, then " " + ending
                  acc                        the lowest summed loss of an ending wins

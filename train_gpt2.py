@@ -11,8 +11,8 @@ The same command continues an interrupted run. A run lives in runs/<preset>/: ck
 curves.png, samples.txt.
 
 The toy run is not GPT-2's recipe: in its few minutes it learns to look things up only with Muon, a
-flat rate that falls linearly, and positions that begin as sinusoids (chapters 4 and 7). `--preset
-gpt2` is the recipe of the paper (GPT-3's): AdamW, a cosine, positions that begin at random.
+rate that is flat, then falls linearly, and positions that begin as sinusoids (chapters 4 and 7).
+`--preset gpt2` is GPT-3's recipe: AdamW, a cosine, positions that begin at random.
 
 To read, in an evening: 1 the model, 2 generation, 3 data, 4 the recipe, 5 training, 6 packing,
 7 Muon and sinusoids. After the banner, for another evening: the loss in chunks. For reference:
@@ -73,7 +73,7 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     init_std: float = 0.02
-    vocab_padding: int = 0  # unused rows at the end of the table
+    vocab_padding: int = 0  # of these rows, how many at the end stand for no token
     sinusoids: bool = False  # positions begin as waves (chapter 7)
 
     @property
@@ -104,19 +104,19 @@ class CausalSelfAttention(nn.Module):
         return self.c_proj(y)
 
 
-recorded = None  # a list, while caption.py draws what each word looks at: it takes the weights
+recorded = None  # or a list: then attention() is the plain form, and adds its weights (caption.py)
 
 
 def attention(q, k, v, mask=None, is_causal=False):
-    """Each query's mean of the values, weighted by how well it matches their keys: (B, nh, T, hs).
+    """For each query the mean of the values, weighted by how well their keys match it.
 
-    FlashAttention (Dao et al. 2022) computes the same as the plain form below, but in tiles, and
-    never stores the scores; PyTorch chooses it on GPUs (tested by
+    All are (B, nh, length, hs). FlashAttention (Dao et al. 2022) computes the same as the plain
+    form below, but in tiles, and never stores the scores; PyTorch chooses it on GPUs (tested by
     test_decoder_equals_a_plain_float64_one and test_recorded_attention_is_the_fused_one).
     """
-    if recorded is None:  # the usual way: FlashAttention
+    if recorded is None:  # nearly always
         return fused_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # the plain form: (B, nh, T, T)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, nh, queries, keys)
     if is_causal:
         mask = torch.ones_like(scores, dtype=torch.bool).tril()  # causal mask: not the future
     if mask is not None:
@@ -182,7 +182,7 @@ class GPT(nn.Module):
         h = self.hidden_states(self.embed(idx))  # (B, T, C)
         if targets is None:
             return self.logits(h), None
-        return None, self.loss(h, targets)  # the logits of all positions are never needed at once
+        return None, self.loss(h, targets)  # the logits exist only in chunks: none to return
 
     def embed(self, idx, positions=None):
         """Token ids (B, T) to vectors (B, T, C). positions: (T,) or (B, T), default 0 ... T - 1."""
@@ -212,8 +212,8 @@ class GPT(nn.Module):
             logits = self.logits(h)                                       # (B, T, V)
             return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-        These logits take 13 GB for 64 x 1024 tokens; "The loss in chunks", behind the banner, has a
-        thirtieth of them at a time. reduction: "mean", "sum", or "none" for each target.
+        These logits take 13 GB for 64 x 1024 tokens; "The loss in chunks", behind the banner, keeps
+        only a thirtieth at a time. reduction: "mean", "sum", or "none" for each target.
         """
         return cross_entropy(h, self.wte.weight, targets, self.config.n_vocab, reduction)
 
@@ -248,9 +248,9 @@ def generate(model, idx, max_new_tokens, prefix=None, stop=-1, before_block=None
 
     Here a KV cache keeps what was computed, and a full context drops its older half, not one token
     (tested by test_cached_equals_uncached_beyond_the_context).
-    prefix: vectors (B, P, C) before the ids, which then begin at position P; idx may be (B, 0).
-    stop: a token that ends its row, which is then filled up with it (-1: none). before_block: see
-    GPT.hidden_states(). sampling: see sample_token().
+    stop: a token that ends its row, which is then filled up with it (-1: none). sampling: see
+    sample_token(). For captions, to be skipped at first: prefix, vectors (B, P, C) before the ids,
+    which then begin at position P (idx may be (B, 0)); before_block, see GPT.hidden_states().
     """
     P = 0 if prefix is None else prefix.size(1)
     room = model.config.block_size - P
@@ -392,35 +392,6 @@ def share_out(chosen, recipe):
     return np.array_split(mine, math.ceil(len(mine) / recipe.micro_batch))
 
 
-def prefetch(get, first, last, ahead=4):
-    """Yield (step, get(step)) for steps first ... last - 1, while threads prepare the next four:
-
-        for step in range(first, last):
-            yield step, get(step)
-
-    Reading 512 windows from all over a disk for the first time took one thread 0.2 to 0.5 s, and
-    four threads 0.1 s.
-    """
-
-    def begin():
-        use_device()
-        torch.set_num_threads(1)  # of a loader: more of them slowed training by a sixth
-
-    torch.get_num_threads()  # settles how many threads a step has, before begin() can
-    futures = {}  # of steps that are being prepared
-    with ThreadPoolExecutor(ahead, initializer=begin) as threads:
-        for step in range(first, last):
-            for later in range(step, min(step + ahead, last)):
-                if later not in futures:
-                    futures[later] = threads.submit(get, later)
-            yield step, futures.pop(step).result()
-
-
-def pin(*tensors):
-    """Tensors in pinned memory, which a GPU can read by itself while the CPU goes on."""
-    return [t.pin_memory() for t in tensors] if torch.cuda.is_available() else tensors
-
-
 # -----------------------------------------------------------------------------
 # 4. The recipe
 
@@ -455,10 +426,11 @@ PRESETS = {  # T, rows of the token table, layers, heads, C, init_std
     "gpt2-large": GPTConfig(1024, 50304, 36, 20, 1280, vocab_padding=47),
     "gpt2-xl": GPTConfig(1024, 50304, 48, 25, 1600, vocab_padding=47),
 }
-RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up, cooldown, Muon
+RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up steps
     # not GPT-2's recipe, which does not teach it to read maps in a few minutes: Muon, sinusoids,
-    # and a flat rate that falls linearly do
-    "tiny": Recipe(1_900, 1_536, 24, 1e-3, 40, 0.5, 20, eval_every=190, eval_tokens=20_480),
+    # and a rate that is flat, then falls linearly, do
+    "tiny": Recipe(1_900, 1_536, 24, 1e-3, 40, cooldown=0.5, muon=20,
+                   eval_every=190, eval_tokens=20_480),
     "small": Recipe(500, 8_192, 16, 2e-3, 50, eval_every=50, eval_tokens=16_384),
     # GPT-3's recipe: 19,073 steps of 524,288 tokens are 10.0 B, 715 of them 375 M. The larger sizes
     # have GPT-3's rates, and the same steps (its XL had steps of 1 M tokens)
@@ -466,7 +438,7 @@ RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up, cooldo
     # Not yet run at full size. 4.5 B tokens with Muon at .01, a flat rate, then linear, no decay:
     # near record 4 of modded-nanogpt, which reached the 3.28 on FineWeb of llm.c's 10 B tokens with
     # 3.3 B (and rotary positions). AdamW's rate and warm-up are those of its AdamW baseline
-    "gpt2-fast": Recipe(8_600, 524_288, 16, 1.8e-3, 250, 0.29, 5.6, weight_decay=0.0),
+    "gpt2-fast": Recipe(8_600, 524_288, 16, 1.8e-3, 250, cooldown=0.29, muon=5.6, weight_decay=0.0),
     "gpt2-medium": Recipe(19_073, 524_288, 8, 3e-4, 715),
     "gpt2-large": Recipe(19_073, 524_288, 4, 2.5e-4, 715),
     "gpt2-xl": Recipe(19_073, 524_288, 2, 2e-4, 715),
@@ -549,7 +521,9 @@ def train(preset, data, out, recipe, seed=0, restart=False):
     """Train a preset on the shards in `data`, or go on with the run in `out`. The loop below:
 
         for each step:
-            every recipe.eval_every steps        validation loss, HellaSwag, checkpoint, curves
+            every recipe.eval_every steps        validation loss: the mean of model(x, y) over
+                                                 windows that are never trained on; HellaSwag,
+                                                 checkpoint, curves
             lr = get_lr(step)
             loss = train_step(micro-batches)     forward, backward, add up, clip, update
             every recipe.log_every steps         a line on the screen and in log.csv
@@ -787,7 +761,7 @@ def sinusoids(T, C, std):
     periods = 2.0 ** torch.arange(1, math.log2(T) + 2)
     t = torch.arange(T)[:, None] + 0.25  # at whole numbers the sine of period 2 is always 0
     angles = 2 * math.pi * t / periods
-    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (T, 2 * periods)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (T, 2 * len(periods))
     # each wave in a random direction of its own, spread over all C numbers of a position; scaled to
     # the length of random positions with this std
     directions = torch.linalg.qr(torch.randn(C, waves.size(1)))[0]  # orthogonal
@@ -1235,6 +1209,35 @@ def uses_bf16(device):
 def autocast(device):
     """Mixed precision: within this context matrix products are in bf16, where that is fast."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bf16(device))
+
+
+def prefetch(get, first, last, ahead=4):
+    """Yield (step, get(step)) for steps first ... last - 1, while threads prepare the next four:
+
+        for step in range(first, last):
+            yield step, get(step)
+
+    Reading 512 windows from all over a disk for the first time took one thread 0.2 to 0.5 s, and
+    four threads 0.1 s.
+    """
+
+    def begin():
+        use_device()
+        torch.set_num_threads(1)  # of a loader: more of them slowed training by a sixth
+
+    torch.get_num_threads()  # settles how many threads a step has, before begin() can
+    futures = {}  # of steps that are being prepared
+    with ThreadPoolExecutor(ahead, initializer=begin) as threads:
+        for step in range(first, last):
+            for later in range(step, min(step + ahead, last)):
+                if later not in futures:
+                    futures[later] = threads.submit(get, later)
+            yield step, futures.pop(step).result()
+
+
+def pin(*tensors):
+    """Tensors in pinned memory, which a GPU can read by itself while the CPU goes on."""
+    return [t.pin_memory() for t in tensors] if torch.cuda.is_available() else tensors
 
 
 def join_processes():
