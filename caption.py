@@ -345,7 +345,7 @@ class Captioner(nn.Module):
         super().__init__()
         self.bridge = bridge
         self.decoder = decoder.eval().requires_grad_(False)
-        self.eot = decoder.config.n_vocab - 1  # <|endoftext|> is the last token of both tokenizers
+        self.eot = decoder.config.vocab_size - 1  # the last token of both tokenizers: <|endoftext|>
         # tokens of a caption that fit; val2017 has 57 at most, and an endless one would fill memory
         self.room = min(100, decoder.config.block_size - bridge.P)
 
@@ -442,7 +442,7 @@ def get_micro_batches(train_set, captioner, recipe, seed, step):
 
 
 def train(name, setup, out, flags, restart=False, base=None):
-    """Train a bridge, or go on with the run in `out`, until the last step; the loop of train_gpt2.
+    """Train a bridge, or go on with the run in `out`, to the end: the Run. The loop of train_gpt2.
 
     The toy recipe is 500 steps of 32 pictures, each with its five captions; the full one, four
     passes over COCO (on a CPU one and a half). flags: of the recipe, {name: value}. base:
@@ -463,7 +463,7 @@ def train(name, setup, out, flags, restart=False, base=None):
     run = Run(out, identity, recipe, "pictures", restart, names)
     run.resume(bridge, optimizer)
     if run.finished:
-        return
+        return run
     parameters = sum(p.numel() for p in bridge.parameters())
     print(f"bridge     {out}: {parameters:,} trainable parameters")
     parallel = train_gpt2.parallelize(captioner, compile=False)
@@ -489,6 +489,7 @@ def train(name, setup, out, flags, restart=False, base=None):
             if stop:
                 run.save_and_exit(bridge, optimizer)
         run.record(validate(captioner, val_set, run, tokenizer), bridge, optimizer)
+    return run
 
 
 def validate(captioner, val_set, run, tokenizer=None):
@@ -836,7 +837,7 @@ def compare(args):
     results = []
     for seed in range(args.seed, args.seed + args.seeds):
         parts = choose_parts(args, seed=seed)  # in the toy setup the decoder's and CLIP's seed too
-        results.append(compare_bridges(args, parts, open_setup(parts)))
+        results.append(compare_bridges(args, open_setup(parts)))
     folder = run_folder(args, choose_parts(args, seed=args.seed), "compare")
     table = "\n".join(comparison(results))
     if rank() == 0:
@@ -845,21 +846,20 @@ def compare(args):
     print(f"\n{table}\n\n{folder} has table.md and curves.png")
 
 
-def compare_bridges(args, parts, setup):
+def compare_bridges(args, setup):
     """{bridge: its numbers} for one seed, also of the map in words."""
     columns = {}
     curves = {}
     for name in BRIDGES:
-        out = run_folder(args, parts, name)
-        train(name, setup, out, train_gpt2.recipe_flags(args), args.restart)
-        log = train_gpt2.read_log(out / "log.csv")
-        curves[name] = train_gpt2.curve(log, "val_val")
-        columns[name] = evaluate(out, setup) | {"seconds": log[-1]["seconds"]}
+        out = run_folder(args, setup, name)
+        run = train(name, setup, out, train_gpt2.recipe_flags(args), args.restart)
+        curves[name] = train_gpt2.curve(run.rows, "val_val")
+        columns[name] = evaluate(out, setup) | {"seconds": run.seconds}
     pictures = load_pictures(setup, "val").pictures
     if setup.tokenizer.name == "tiny" and all(picture["scene"] for picture in pictures):
         columns["map in words"] = map_facts(setup, pictures)
     if rank() == 0:
-        path = run_folder(args, parts, "compare") / "curves.png"
+        path = run_folder(args, setup, "compare") / "curves.png"
         train_gpt2.draw_curves(path, {"validation loss, nats per token": curves})
     return columns
 
@@ -944,8 +944,8 @@ def find_pictures(names):
         if name.startswith(("https://", "http://")):
             file = hashlib.sha256(name.encode()).hexdigest()[:8] + Path(name.split("?")[0]).suffix
             path = Path("data/pictures") / file
-            with train_gpt2.rank_zero_first():  # anew: another picture may be there by now
-                name = fineweb.download(name, path, anew=rank() == 0)
+            with train_gpt2.rank_zero_first():
+                name = fineweb.download(name, path, anew=rank() == 0)  # it may have changed
         name = Path(name)
         inside = [name]
         if not name.exists():

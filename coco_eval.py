@@ -359,10 +359,11 @@ VERBS = (  # what remains of a verb without -ing or -ed: the first that applies 
 )
 SUFFIXES = (
     (r"([^aeiouy])(?<!^sk)y$", r"\1i"),
-    (r"([aeiouy].*)ly$", r"\1"),
+    (r"([aeiouy][^aeiouy].*)(?<=[cdeghkmnrt])(?<!^on|^ear)li$", r"\1"),  # nearly: nearli, near
+    (r"([aeiouy][^aeiouy].*)ful$", r"\1"),
     (r"(......)(er|al|ic|or|ment)$", r"\1"),
     (r"^(?![^aeiouy]*[aeiouy][^aeiouywx]e$)(.*[aeiouy].+)e$", r"\1"),
-    (r"ll$", "l"),
+    (r"(....)ll$", r"\1l"),
 )
 
 

@@ -1,7 +1,7 @@
 """
 HellaSwag: which of four endings does the model find most likely?
 
-    python hellaswag.py [FILE]              download the 10,042 items (12 MB) and show the first one
+    python hellaswag.py                     download the 10,042 items (12 MB) and show the first one
     python train_gpt2.py --eval [--ckpt X]  the accuracies of a model
     (training a preset gpt2... measures the token mean every 250 steps)
 
@@ -98,32 +98,12 @@ SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 FILE = Path("data/hellaswag/hellaswag_val.jsonl")
 
 
-def load_examples(path=None):
-    """The published validation items, downloaded once, or those of another file.
-
-    Raises UserError when the file cannot be had or is not whole, and for a line that is no item.
-    """
-    path = path or fineweb.download(URL, FILE, digest=SHA256)
-    if path == FILE and fineweb.file_digest(path, SHA256) != SHA256:
+def load_examples():
+    """The published validation items, downloaded once; UserError when they cannot be had."""
+    path = fineweb.download(URL, FILE, digest=SHA256)
+    if fineweb.file_digest(path, SHA256) != SHA256:
         raise UserError(f"{path} is not the published file", "remove it")
-    examples = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        fields = "an item with ctx, ctx_a, ctx_b, activity_label, four endings and a label, 0 to 3"
-        with fineweb.reading(f"{path} line {number}", fields):
-            if line.strip():
-                examples.append(parse(json.loads(line.decode("utf-8-sig"))))
-    if not examples:
-        raise UserError(f"{path} has no items", "name a file that has some")
-    return examples
-
-
-def parse(example):
-    """An item of the file, its label an integer; ValueError, KeyError or TypeError for another."""
-    texts = [example[key] for key in ("ctx", "ctx_a", "ctx_b", "activity_label")]
-    texts += example["endings"]
-    if len(texts) != 8 or not texts[0] or not all(isinstance(text, str) for text in texts):
-        raise ValueError("a text is missing")
-    return example | {"label": ["0", "1", "2", "3"].index(str(example["label"]))}
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def subset(examples, limit):
@@ -143,10 +123,8 @@ def report(acc, acc_norm, count, method):
 
 def main():
     """The command at the top of this file."""
-    parser = fineweb.ArgumentParser(__doc__)
-    parser.add_argument("file", nargs="?", help="another file of items")
-    args = parser.parse_args()
-    examples = load_examples(args.file)
+    fineweb.ArgumentParser(__doc__).parse_args()
+    examples = load_examples()
     tokenizer = fineweb.get_tokenizer("gpt2")
     print(f"{len(examples):,} items. The first one:")
     for method in ("token mean", "harness"):

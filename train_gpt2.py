@@ -68,17 +68,12 @@ class GPTConfig:
     """The shape of a GPT-2; by default that of the smallest, with 124 M parameters."""
 
     block_size: int = 1024  # the longest context, in tokens
-    vocab_size: int = 50257  # rows of the token table
+    vocab_size: int = 50257  # tokens
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     init_std: float = 0.02
-    vocab_padding: int = 0  # of these rows, how many at the end stand for no token
     sinusoids: bool = False  # positions begin as waves (chapter 7)
-
-    @property
-    def n_vocab(self):
-        return self.vocab_size - self.vocab_padding
 
 
 class CausalSelfAttention(nn.Module):
@@ -161,7 +156,8 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # of tokens
+        rows = 64 * math.ceil(config.vocab_size / 64)  # more than V: multiples of 64 are faster
+        self.wte = nn.Embedding(rows, config.n_embd)  # of tokens
         self.wpe = nn.Embedding(config.block_size, config.n_embd)  # of positions, learned
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5)
@@ -204,7 +200,7 @@ class GPT(nn.Module):
 
     def logits(self, h):
         """Hidden states (..., C) to logits (..., V), without the unused rows of the table."""
-        return F.linear(h, self.wte.weight)[..., : self.config.n_vocab]
+        return F.linear(h, self.wte.weight)[..., : self.config.vocab_size]
 
     def loss(self, h, targets, reduction="mean"):
         """Cross-entropy in nats: how surprised the model is by the targets (B, T). The plain form:
@@ -215,7 +211,7 @@ class GPT(nn.Module):
         These logits take 13 GB for 64 x 1024 tokens; "The loss in chunks", behind the banner, keeps
         only a thirtieth at a time. reduction: "mean", "sum", or "none" for each target.
         """
-        return cross_entropy(h, self.wte.weight, targets, self.config.n_vocab, reduction)
+        return cross_entropy(h, self.wte.weight, targets, self.config.vocab_size, reduction)
 
 
 # -----------------------------------------------------------------------------
@@ -261,7 +257,7 @@ def generate(model, idx, max_new_tokens, prefix=None, stop=-1, before_block=None
         if context.size(1) > room:
             # a cached key belongs to its position, so the cache cannot slide: drop the older half
             # and compute the rest again, which happens only once in room / 2 tokens
-            context = context[:, -(room // 2) :]
+            context = context[:, -max(1, room // 2) :]
             cache = None
         positions = torch.arange(P, P + context.size(1), device=idx.device)
         if cache is None:  # prefill: keys and values of the whole context
@@ -344,14 +340,14 @@ class TokenDataset:
         """Windows of T inputs; each token but the first is a target in exactly one of them."""
         return math.ceil((len(self) - 1) / T)
 
-    def get_batch(self, windows, T, n_vocab):
+    def get_batch(self, windows, T, vocab_size):
         """Inputs (B, T) of these windows, and as targets the next tokens; -100 after the end."""
         x = torch.zeros(len(windows), T, dtype=torch.long)
         y = torch.full((len(windows), T), -100)
         for row, window in enumerate(windows):
             tokens = torch.from_numpy(self.read(window * T, window * T + T + 1))
-            if tokens.max() >= n_vocab:
-                problem = f"{self.paths[0].parent} has token {tokens.max()} of {n_vocab:,}"
+            if tokens.max() >= vocab_size:
+                problem = f"{self.paths[0].parent} has token {tokens.max()} of {vocab_size:,}"
                 raise UserError(problem, "its shards are for another tokenizer")
             x[row, : len(tokens[:T])] = tokens[:T]
             y[row, : len(tokens) - 1] = tokens[1:]
@@ -381,7 +377,7 @@ def get_micro_batches(dataset, recipe, seed, config, step):
     targets = np.minimum(len(dataset) - 1 - windows * T, T).sum()  # T each, but for the last window
     batches = []
     for part in share_out(windows, recipe):
-        x, y = pin(*dataset.get_batch(part, T, config.n_vocab))
+        x, y = pin(*dataset.get_batch(part, T, config.vocab_size))
         batches.append((x, y, (y >= 0).sum().item() / targets))
     return batches
 
@@ -414,17 +410,16 @@ class Recipe:
     log_every: int = 20
 
 
-# Vocabularies are padded to a multiple of 64, which is faster: 431 to 448, 50,257 to 50,304
-PRESETS = {  # T, rows of the token table, layers, heads, C, init_std
+PRESETS = {  # T, V, layers, heads, C
     # 0.9 M parameters, for the toy data; 16 M, for real text on a CPU
-    "tiny": GPTConfig(fineweb.TOY_BLOCK, 448, 4, 4, 128, 0.06, vocab_padding=17, sinusoids=True),
-    "small": GPTConfig(256, 50304, 4, 4, 256, init_std=0.04, vocab_padding=47),
+    "tiny": GPTConfig(fineweb.TOY_BLOCK, 431, 4, 4, 128, init_std=0.06, sinusoids=True),
+    "small": GPTConfig(256, 50257, 4, 4, 256, init_std=0.04),
     # OpenAI's four sizes: 124 M (with two recipes), 355 M, 774 M and 1,558 M
-    "gpt2": GPTConfig(1024, 50304, 12, 12, 768, vocab_padding=47),
-    "gpt2-fast": GPTConfig(1024, 50304, 12, 12, 768, vocab_padding=47),
-    "gpt2-medium": GPTConfig(1024, 50304, 24, 16, 1024, vocab_padding=47),
-    "gpt2-large": GPTConfig(1024, 50304, 36, 20, 1280, vocab_padding=47),
-    "gpt2-xl": GPTConfig(1024, 50304, 48, 25, 1600, vocab_padding=47),
+    "gpt2": GPTConfig(1024, 50257, 12, 12, 768),
+    "gpt2-fast": GPTConfig(1024, 50257, 12, 12, 768),
+    "gpt2-medium": GPTConfig(1024, 50257, 24, 16, 1024),
+    "gpt2-large": GPTConfig(1024, 50257, 36, 20, 1280),
+    "gpt2-xl": GPTConfig(1024, 50257, 48, 25, 1600),
 }
 RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up steps
     # not GPT-2's recipe, which does not teach it to read maps in a few minutes: Muon, sinusoids,
@@ -672,8 +667,9 @@ def lay_out(beginning, continuations, P):
 
 def pad(rows, value, length=None):
     """Lists as one tensor (B, length): the longest, rounded up to 8, so that few shapes occur."""
-    length = length or 8 * math.ceil(max(map(len, rows)) / 8)
-    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
+    length = 8 * math.ceil(max(map(len, rows)) / 8) if length is None else length
+    rows = [[*row, *[value] * (length - len(row))] for row in rows]
+    return torch.tensor(rows, dtype=torch.long)
 
 
 # -----------------------------------------------------------------------------
@@ -891,7 +887,7 @@ def validate(model, config, val_sets, tokenizer, eval_tokens, batch, device):
         windows = np.arange(count)[rank() :: world_size()]
         sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
         for i in range(0, len(windows), batch):
-            x, y = dataset.get_batch(windows[i : i + batch], T, config.n_vocab)
+            x, y = dataset.get_batch(windows[i : i + batch], T, config.vocab_size)
             with autocast(device):
                 _, loss = model(x.to(device), y.to(device))
             y = y[y >= 0]
@@ -1049,12 +1045,11 @@ def from_pretrained(path):
         raise UserError(f"{config_file} is missing or wrong ({n_head} heads)", "get it again")
     tokenizer = config.get("tokenizer", "gpt2")
     n_vocab = check_vocabulary(path, tokenizer, len(table))
-    rows = 64 * math.ceil(len(table) / 64)  # 50,257 rows make all products of the head slow
     n_layer = sum(name.endswith("ln_1.weight") for name in tensors)
-    config = GPTConfig(block_size, rows, n_layer, int(n_head), C, vocab_padding=rows - n_vocab)
-    model = GPT(config)
+    model = GPT(GPTConfig(block_size, n_vocab, n_layer, int(n_head), C))
     with fineweb.reading(path, "a whole GPT-2", RuntimeError):
-        tensors["wte.weight"] = F.pad(table, (0, 0, 0, rows - len(table)))
+        unused = model.wte.num_embeddings - n_vocab
+        tensors["wte.weight"] = F.pad(table[:n_vocab], (0, 0, 0, unused))
         for name in model.state_dict():
             tensors[name] = tensors[name].T if is_conv1d(name) else tensors[name]
         model.load_state_dict({name: tensors[name] for name in model.state_dict()})
@@ -1091,10 +1086,10 @@ def export_hf(model, tokenizer, folder):
     for name, t in model.state_dict().items():
         t = t.T if is_conv1d(name) else t
         tensors[f"transformer.{name}"] = t.detach().cpu().contiguous()
-    tensors["transformer.wte.weight"] = model.wte.weight.detach().cpu()[: c.n_vocab].clone()
+    tensors["transformer.wte.weight"] = model.wte.weight.detach().cpu()[: c.vocab_size].clone()
     config = {
         **{key: values[0] for key, values in SUPPORTED.items()},
-        "vocab_size": c.n_vocab,
+        "vocab_size": c.vocab_size,
         "n_positions": c.block_size,
         "n_embd": c.n_embd,
         "n_layer": c.n_layer,
@@ -1130,7 +1125,7 @@ def center_tokens(model):
     But bf16 has steps of .5 there, and of .01 near 0. The embeddings wte[i] + wpe[t] stay the same;
     all logits h @ wte[i] of a position fall by one number, h @ mean.
     """
-    mean = model.wte.weight[: model.config.n_vocab].mean(0)
+    mean = model.wte.weight[: model.config.vocab_size].mean(0)
     model.wte.weight -= mean
     model.wpe.weight += mean
     model.center = model.center + mean
@@ -1356,7 +1351,7 @@ def hardware_use(flops_per_second):
         return f" | {int(match[1]) / 1e6:.1f} GB" if match else ""
     text = f" | {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
     for name, peak in PEAK_FLOPS.items():  # cards of one name differ (PCIe, laptops)
-        if name in torch.cuda.get_device_name() and flops_per_second:
+        if re.search(rf"\b{name}\b", torch.cuda.get_device_name()) and flops_per_second:
             mfu = flops_per_second / peak / world_size()
             text += f" | MFU {mfu:5.1%} of {peak / 1e12:.0f} TFLOP/s"
     return text
@@ -1365,9 +1360,9 @@ def hardware_use(flops_per_second):
 # -----------------------------------------------------------------------------
 # The folder of a run
 
-FORMAT = 2  # of checkpoints
+FORMAT = 3  # of checkpoints
 PATIENCE = 10  # steps in a row whose loss is not finite before a run gives up
-STATE = ("step", "finished", "seconds", "skipped", "best")  # of a Run, in its checkpoint
+STATE = ("step", "finished", "seconds", "skipped", "best", "rows")  # of a Run, in its checkpoint
 
 
 class Run:
@@ -1393,7 +1388,7 @@ class Run:
         self.best = math.inf  # the lowest validation loss, where someone asks for it
         self.skipped_in_a_row = 0
         self.signal = None
-        self.rows = []  # of log.csv
+        self.rows = []  # of log.csv; what it has after a checkpoint is done again
 
     def resume(self, model, optimizer):
         """Go on where the checkpoint in the folder stopped; UserError if it is of another run."""
@@ -1410,14 +1405,13 @@ class Run:
                 model.load_state_dict(checkpoint["model"])
                 optimizer.load_state_dict(checkpoint["optimizer"])
                 for name in STATE:
-                    setattr(self, name, checkpoint.get(name, getattr(self, name)))
+                    setattr(self, name, checkpoint[name])
+                recipe = Recipe(**checkpoint["recipe"])
             ended = self.step >= self.recipe.max_steps
-            if ended and checkpoint.get("recipe", asdict(self.recipe)) != asdict(self.recipe):
+            if ended and recipe != self.recipe:
                 problem = f"{self.out} has come to its end with another recipe"
                 raise UserError(problem, f"give more --steps than {self.step}, or {what_to_do}")
             self.finished = self.finished and ended
-            log = read_log(self.out / "log.csv")
-            self.rows = [row for row in log if row["step"] <= self.step]  # later rows are redone
         steps = torch.tensor(float(self.step), device=pick_device())
         if all_reduce(steps).item() != self.step * world_size():
             raise UserError("the ranks found different checkpoints", "share --out among all")
@@ -1581,18 +1575,8 @@ def read_checkpoint(path, holds="run", what_to_do="name another"):
 
 
 def is_finished(path):
-    """Whether there is the checkpoint of a run that has come to its last step (old ones have)."""
-    return Path(path).exists() and read_checkpoint(path).get("finished", True)
-
-
-def read_log(path):
-    """The rows of log.csv as dicts of floats; what is empty is left out."""
-    if not Path(path).exists():
-        return []
-    with fineweb.reading(path, "the log of a run"):
-        rows = csv.DictReader(Path(path).read_text(encoding="utf-8").splitlines())
-        rows = [{key: float(value) for key, value in row.items() if value} for row in rows]
-        return sorted(rows, key=lambda row: row["step"])
+    """Whether there is the checkpoint of a run that has come to its last step."""
+    return Path(path).exists() and read_checkpoint(path).get("finished", False)
 
 
 def draw_run(path, rows):
@@ -1730,8 +1714,9 @@ def open_data(folder, config):
     """(training set, validation sets, tokenizer); UserError for tokens of another vocabulary."""
     train_set, val_sets = open_shards(folder)
     tokenizer = fineweb.get_tokenizer(fineweb.read_tokens_info(folder)["tokenizer"])
-    if tokenizer.n_vocab != config.n_vocab:
-        problem = f"{folder} has tokens of {tokenizer.name}, and the model has {config.n_vocab:,}"
+    if tokenizer.n_vocab != config.vocab_size:
+        vocabulary = f"{config.vocab_size:,}"
+        problem = f"{folder} has tokens of {tokenizer.name}, and the model has {vocabulary}"
         raise UserError(problem, "name shards of the model's tokenizer with --data")
     numbers = [int(path.stem[-6:]) for path in train_set.paths if path.stem[-6:].isdigit()]
     missing = set(range(min(numbers, default=0), max(numbers, default=0))) - set(numbers)
