@@ -11,8 +11,9 @@ with <|endoftext|>; documents follow each other without padding, across shards t
 Where nothing can be downloaded there is the toy text, made here in seconds: the English that
 every Python installation carries, and short documents about scenes of colored shapes.
 
-To read, in ten minutes: tokenizers; shards; the toy text. After the banner: FineWeb-Edu, your own
-text, the toy text's files, the command line; errors, files and downloads, which all files use.
+To read, in ten minutes: tokenizers; shards; the toy text (after train_gpt2.py, before caption.py).
+After the banner: the toy text's files, FineWeb-Edu, your own text, the command line; errors, files
+and downloads, which all files use.
 """
 import argparse
 import contextlib

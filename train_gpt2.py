@@ -512,13 +512,41 @@ def train_step(model, optimizer, micro_batches, recipe, device):
     return loss, norm
 
 
+@torch.no_grad()
+def validate(model, config, val_sets, tokenizer, eval_tokens, batch, device):
+    """Print the mean loss over text that is never trained on; returns columns of the log.
+
+    In nats per token, and in bits per byte of text, which can be compared between tokenizers.
+    val_sets: {name: TokenDataset}, of each the first eval_tokens. batch: windows at once.
+    """
+    T = config.block_size
+    pieces = [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab)]
+    num_bytes = torch.tensor([*map(len, pieces)])  # of each token
+    num_bytes[tokenizer.eot_token] = 0
+    row = {}
+    for name, dataset in val_sets.items():
+        count = max(1, min(dataset.num_windows(T), eval_tokens // T))
+        windows = np.arange(count)[rank() :: world_size()]  # this rank's
+        sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+        for i in range(0, len(windows), batch):
+            x, y = dataset.get_batch(windows[i : i + batch], T, config.vocab_size)
+            with autocast(device):
+                _, loss = model(x.to(device), y.to(device))
+            y = y[y >= 0]
+            sums += torch.tensor([loss.item() * len(y), len(y), num_bytes[y].sum().item()])
+        nats, tokens, size = all_reduce(sums.to(device)).tolist()
+        row[f"val_{name}"] = loss = nats / tokens
+        bits = nats / math.log(2) / max(size, 1)
+        measure = f"{loss:.4f} nats per token, {bits:.3f} bits per byte"
+        print(f"           {name} {measure}, of {tokens:,.0f} tokens")
+    return row
+
+
 def train(preset, data, out, recipe, seed=0, restart=False):
     """Train a preset on the shards in `data`, or go on with the run in `out`. The loop below:
 
         for each step:
-            every recipe.eval_every steps        validation loss: the mean of model(x, y) over
-                                                 windows that are never trained on; HellaSwag,
-                                                 checkpoint, curves
+            every recipe.eval_every steps        validation loss, HellaSwag, checkpoint, curves
             lr = get_lr(step)
             loss = train_step(micro-batches)     forward, backward, add up, clip, update
             every recipe.log_every steps         a line on the screen and in log.csv
@@ -868,36 +896,6 @@ def softmax_minus_one_hot(logits, target, n_vocab):
 
 # -----------------------------------------------------------------------------
 # Evaluation
-
-
-@torch.no_grad()
-def validate(model, config, val_sets, tokenizer, eval_tokens, batch, device):
-    """Print the mean loss over eval_tokens of each validation set; returns columns of the log.
-
-    The loss is in nats per token, and in bits per byte of text, whatever the tokenizer. batch:
-    windows at once.
-    """
-    T = config.block_size
-    pieces = [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab)]
-    num_bytes = torch.tensor([*map(len, pieces)])  # of each token
-    num_bytes[tokenizer.eot_token] = 0
-    row = {}
-    for name, dataset in val_sets.items():
-        count = max(1, min(dataset.num_windows(T), eval_tokens // T))
-        windows = np.arange(count)[rank() :: world_size()]
-        sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
-        for i in range(0, len(windows), batch):
-            x, y = dataset.get_batch(windows[i : i + batch], T, config.vocab_size)
-            with autocast(device):
-                _, loss = model(x.to(device), y.to(device))
-            y = y[y >= 0]
-            sums += torch.tensor([loss.item() * len(y), len(y), num_bytes[y].sum().item()])
-        nats, tokens, size = all_reduce(sums.to(device)).tolist()
-        row[f"val_{name}"] = loss = nats / tokens
-        bits = nats / math.log(2) / max(size, 1)
-        measure = f"{loss:.4f} nats per token, {bits:.3f} bits per byte"
-        print(f"           {name} {measure}, of {tokens:,.0f} tokens")
-    return row
 
 
 @torch.no_grad()
