@@ -459,7 +459,7 @@ def train(name, setup, out, flags, restart=False, base=None):
     recipe = choose_recipe(name, setup, len(train_set), flags, scst=bool(base))
     optimizer = train_gpt2.configure_optimizer(bridge, recipe)
     identity = run_identity(name, setup, train_set, recipe, bridge if base else None)
-    names = {"lm": setup.lm, "clip": setup.clip}
+    names = {"lm": setup.lm, "clip": setup.clip, "data": str(setup.data)}
     run = Run(out, identity, recipe, "pictures", restart, names)
     run.resume(bridge, optimizer)
     if run.finished:
@@ -1081,6 +1081,7 @@ def export(args):
     if args.export.endswith("/") or Path(args.export).is_dir():
         raise UserError(f"{args.export} is a folder", "name a file")
     run, tensors = read_bridge(trained_bridge(choose_run(args, args.seed)[0]))
+    run.pop("data", None)  # nobody else has this folder
     with fineweb.atomic_write(path) as file:
         file.write(save(tensors, metadata={"run": json.dumps(run)}))
     name = shlex.quote(str(path))
@@ -1247,7 +1248,8 @@ def choose_parts(args, seed=0, run=None):
     else:
         lm = "runs/gpt2/ckpt.pt" if train_gpt2.is_finished("runs/gpt2/ckpt.pt") else "gpt2"
         clip = CLIP_FOR_GPU if has_gpu else CLIP_FOR_CPU
-    data = Path(args.data or ("data/shapes" if toy else "data/coco"))
+    usual = "data/shapes" if toy else "data/coco"
+    data = Path(args.data or (run or {}).get("data", usual))
     return Parts(toy, data, args.lm or lm, args.clip or clip, seed)
 
 

@@ -2246,11 +2246,12 @@ def test_the_first_signal_asks_and_the_second_ends(tmp_path):
     """A Ctrl-C that is not noted, a second one that is caught too, a nohup that is undone."""
     before = signal.getsignal(signal.SIGINT)
     hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    with train_gpt2.Run(tmp_path, {}, train_gpt2.RECIPES["tiny"], "tokens") as run:
-        assert not run.stop_requested() and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        signal.raise_signal(signal.SIGINT)
-        assert run.stop_requested() and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) == before
+    with pytest.raises(SystemExit) as stop:  # at the end, too: --compare would go on
+        with train_gpt2.Run(tmp_path, {}, train_gpt2.RECIPES["tiny"], "tokens") as run:
+            assert not run.stop_requested() and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            signal.raise_signal(signal.SIGINT)
+            assert run.stop_requested() and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert stop.value.code == 130 and signal.getsignal(signal.SIGINT) == before
     signal.signal(signal.SIGHUP, hangup)
 
 
@@ -3623,6 +3624,9 @@ def test_a_caption_run_leaves_its_folder(captions_run, shapes):
     assert Image.open(out / "grid.png").size[0] > 700
     process = run("caption.py", *flags, cwd=folder)  # a finished run is scored again, no more
     assert process.returncode == 0 and "pictures/s" not in process.stdout
+    # without --data on its own pictures, not on data/coco
+    process = run("caption.py", "--bridge", "cross", "--out", out, "--eval", cwd=folder)
+    assert f"100 validation pictures of {shapes}" in process.stdout, process.stderr
 
 
 def test_a_change_of_the_captions_is_noticed(captions_run, shapes, tmp_path):

@@ -1435,6 +1435,8 @@ class Run:
 
     def __exit__(self, kind, error, traceback):
         self.stack.close()
+        if error is None and self.stop_requested():  # in the last evaluation
+            self.exit()
         if isinstance(error, torch.OutOfMemoryError):
             smaller = self.recipe.micro_batch // 2
             otherwise = "free some, or take a smaller model"
@@ -1460,8 +1462,12 @@ class Run:
         return all_reduce(asked).item() > 0
 
     def save_and_exit(self, model, optimizer):
-        """Save, then end the process as a signal would have."""
+        """What a stop in the middle of training does."""
         self.save(model, optimizer)
+        self.exit()
+
+    def exit(self):
+        """End the process as the signal would have."""
         again = "the command without --restart" if self.restart else "the same command"
         print(f"stopped after step {self.step:,}; {again} resumes it")
         leave_processes()
