@@ -580,6 +580,7 @@ def train(preset, data, out, recipe, seed=0, restart=False):
         return row
 
     with run:  # notes Ctrl-C; keeps other processes out of the folder
+        # for step in range(run.step, recipe.max_steps): batches = get_batches(step), by threads
         for step, batches in prefetch(get_batches, run.step, recipe.max_steps):
             if step and step % recipe.eval_every == 0:
                 run.record(evaluate(), model, optimizer)  # log.csv, ckpt.pt, curves.png
