@@ -55,9 +55,10 @@ from train_gpt2 import MLP, KVCache, Recipe, Run, attention, autocast, get_lr, p
 #
 # CLIP (Radford et al. 2021) is two encoders, of pictures and of texts, that were trained on 400 M
 # pictures from the web with their captions. In a batch of them each picture has to find its own
-# caption among all, and each caption its picture (the contrastive loss). So the image encoder knows
-# what people say of a picture, but cannot say it. GPT-2, the decoder, can talk, but sees nothing. A
-# bridge, small beside both, turns what the one sees into something that the other can read.
+# caption among all, and each caption its picture (the contrastive loss: see train_clip()). So the
+# image encoder knows what people say of a picture, but cannot say it. GPT-2, the decoder, can talk,
+# but sees nothing. A bridge, small beside both, turns what the one sees into something that the
+# other can read.
 #
 # Both stay frozen: they know more than COCO could teach them, nothing of it is forgotten, and a
 # picture has to go through CLIP only once. GPT-2 can read vectors that are no words because its
@@ -69,7 +70,7 @@ from train_gpt2 import MLP, KVCache, Recipe, Run, attention, autocast, get_lr, p
 # stands where, by position:
 #
 #     position    0              1 ... 32                            33     34 ...
-#     toy text    <|endoftext|>  the map, two words for a cell       \n     a red circle is ...
+#     toy text    <|endoftext|>  the map, two words for a cell       \n     what it shows
 #     linear      class token    32 averages of patches, two a cell  a      red circle is ...
 #     qformer     query 1        queries 2 ... 32, at 1 ... 31; the caption begins at 32
 #     cross       <|endoftext|>  a red circle is ...                 (it sees the picture inside)
@@ -139,7 +140,7 @@ def pool_tokens(tokens):
 # -----------------------------------------------------------------------------
 # 2. The three bridges, from vision tokens (B, S, D) to a decoder of width C
 #
-#              what the decoder gets                          where             trained
+#              what the decoder gets                          where             trained (+ positions)
 #   linear     S vectors, each vision token projected         before the text   projection
 #   qformer    32 vectors, gathered by learned queries        before the text   it, 1 to 4 layers
 #   cross      attention to the vision tokens, per block      inside            it, attention
@@ -355,8 +356,8 @@ class Captioner(nn.Module):
         prefix = self.bridge.prefix(vision)
         if prefix is None:
             return self.decoder.wte.weight[self.eot].expand(len(vision), 1, -1) + positions
-        # freeze() moved the mean token, center, from wte to wpe, so that words keep their vectors.
-        # A prefix is not made of wte: it must not get the mean on top
+        # freeze() moved the mean row of wte, center, into wpe: wte + wpe is what it was. A prefix
+        # is not made of wte, so it needs wpe as it was
         return prefix + (positions - self.decoder.center)
 
     def pack(self, captions):
@@ -445,9 +446,9 @@ def train(name, setup, out, flags, restart=False, base=None):
     """Train a bridge, or go on with the run in `out`, to the end: the Run. The loop of train_gpt2.
 
     The toy recipe is 500 steps of 32 pictures, each with its five captions; the full one, four
-    passes over COCO (on a CPU one and a half). flags: of the recipe, {name: value}. base:
-    the file of a trained bridge from which self-critical training (chapter 5) begins; None:
-    cross-entropy.
+    passes over COCO (on a CPU one and a half). flags: of the recipe, {name: value}. base: None, or
+    the file of a trained bridge from which self-critical training begins (chapter 5; until there
+    its branches can be skipped).
     """
     device = pick_device()
     train_set = load_pictures(setup, "train")

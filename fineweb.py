@@ -264,7 +264,7 @@ def scene_document(scene, rng):
 def scene_blocks(number, tokenizer, seed):
     """Blocks of 64 tokens, which are the windows of `tiny`, as one row:
 
-        <|endoftext|> map, captions  <|endoftext|> map, cap|<|endoftext|> map, captions ...|
+        <|endoftext|> map, capt|<|endoftext|> map, captions <|endoftext|> m|<|endoftext|> ...
 
     Each begins with a document, so a map stands at the positions where a picture's tokens will
     stand later. The last document of a block is cut.
@@ -299,7 +299,7 @@ OTHER_WORDS = """top bottom left right above below there are is objects in a pic
 SCENE_WORDS = {*COLORS, *SHAPES, *SIZES, *NUMBERS.values(), *MAP_WORDS, *OTHER_WORDS}
 SCENE_WORDS = sorted(SCENE_WORDS | {word.upper() for word in MAP_WORDS})
 
-TOY_SCENE_BLOCKS = 35_400  # six sevenths of the text; the rest is English
+TOY_SCENE_BLOCKS = 35_400  # 85 % of the text; the rest is English
 
 
 def make_toy_text(folder):

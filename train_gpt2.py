@@ -19,7 +19,7 @@ To read, in an evening: 1 the model, 2 generation, 3 data, 4 the recipe, 5 train
 evaluation, using a model, devices and processes, the folder of a run, the command line.
 
 Letters beside the code: B batch, T time (tokens), C width, nh heads, hs head size, V vocabulary,
-P prefix, N targets of a row. GPT-2: Radford et al. 2019, which does not tell how it was trained;
+P prefix, N targets of a row. GPT-2: Radford et al. 2019, which tells little of how it was trained;
 the recipe is GPT-3's (Brown et al. 2020).
 """
 import contextlib
@@ -99,7 +99,7 @@ class CausalSelfAttention(nn.Module):
         return self.c_proj(y)
 
 
-recorded = None  # or a list: then attention() is the plain form, and adds its weights (caption.py)
+recorded = None  # a list only while caption.py draws attention: the plain form adds its weights
 
 
 def attention(q, k, v, mask=None, is_causal=False):
@@ -411,7 +411,7 @@ class Recipe:
 
 
 PRESETS = {  # T, V, layers, heads, C
-    # 0.9 M parameters, for the toy data; 16 M, for real text on a CPU
+    # 0.9 M parameters, for the toy data; 16 M, for real text on a CPU (init_std by trial)
     "tiny": GPTConfig(fineweb.TOY_BLOCK, 431, 4, 4, 128, init_std=0.06, sinusoids=True),
     "small": GPTConfig(256, 50257, 4, 4, 256, init_std=0.04),
     # OpenAI's four sizes: 124 M (with two recipes), 355 M, 774 M and 1,558 M
@@ -446,7 +446,7 @@ def get_lr(step, recipe):
     A high rate gets far, but the weights bounce about: the loss drops when the rate is lowered,
     whenever that is. So the second (Zhai et al. 2021, section 3.5) lowers it only near the end.
     """
-    # 1) linear warm-up: the first gradients, of random weights, are large and say little
+    # 1) linear warm-up: AdamW's first steps are of full length, however little is known by then
     if step < recipe.warmup_steps:
         return recipe.lr * (step + 1) / recipe.warmup_steps
     # 2) with a cooldown: flat, then linear to 0 in the last steps
@@ -569,7 +569,7 @@ def train(preset, data, out, recipe, seed=0, restart=False):
     run.resume(model, optimizer)  # from ckpt.pt, if there is one
     describe(run, preset, data, model, train_set, device)  # what will be done, on the screen
     items = load_hellaswag(tokenizer) if preset.startswith("gpt2") else []
-    parallel = parallelize(model)  # DDP and torch.compile, where they apply
+    parallel = parallelize(model)  # the same weights, in DDP and torch.compile where they apply
     get_batches = functools.partial(get_micro_batches, train_set, recipe, seed, config)
 
     def evaluate():
@@ -609,8 +609,8 @@ def train(preset, data, out, recipe, seed=0, restart=False):
 #     c1 c2 c3 a1 a2
 #     c1 c2 c3 b1 b2 b3
 #
-# Packed, they share it. Each token sees the beginning and its own continuation, and is at the
-# position that it would have alone:
+# Packed, they share it (a2 and b3 are only predicted). Each token sees the beginning and its own
+# continuation, and is at the position that it would have alone:
 #
 #     token                c1 c2 c3 a1 b1 b2
 #     position              0  1  2  3  3  4
@@ -660,7 +660,10 @@ def pack(rows, P=0):
         part       0  0  0  1  2  2        source     2  3  2  4  5
                                            owner      0  0  1  1  1
 
-    (tested by test_packed_continuations_have_the_losses_of_separate_ones)
+    The losses are then (tested by test_packed_continuations_have_the_losses_of_separate_ones)
+
+        h = model.hidden_states(model.embed(packed.idx, packed.positions), packed.mask)
+        loss = model.loss(packed.at_source(h), packed.targets, "none")             # (B, N)
     """
     layouts = [lay_out(beginning, continuations, P) for beginning, continuations in rows]
     idx, positions, part, source, targets, owner = zip(*layouts, strict=True)
