@@ -140,7 +140,7 @@ def pool_tokens(tokens):
 # -----------------------------------------------------------------------------
 # 2. The three bridges, from vision tokens (B, S, D) to a decoder of width C
 #
-#              what the decoder gets                          where             trained (+ positions)
+#              what the decoder gets                          where             trained, + positions
 #   linear     S vectors, each vision token projected         before the text   projection
 #   qformer    32 vectors, gathered by learned queries        before the text   it, 1 to 4 layers
 #   cross      attention to the vision tokens, per block      inside            it, attention
