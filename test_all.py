@@ -3572,13 +3572,14 @@ def test_an_extraction_that_is_killed_goes_on(toy_clip, shapes, tmp_path, monkey
     command = [sys.executable, "-c", EXTRACTION, toy_clip, shapes]
     env = {**os.environ, "PYTHONPATH": str(HERE)}
     process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
-    while not any(path.stat().st_size for path in tmp_path.glob("data/features/x-*.part")):
+    batch = 64 * 33 * 96 * 2  # bytes; a file that is being written may show a part of them
+    while not any(p.stat().st_size >= batch for p in tmp_path.glob("data/features/x-*.part")):
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
     process.wait()
     size = next(tmp_path.glob("data/features/x-*.part")).stat().st_size
-    done = size // (64 * 33 * 96 * 2) * 64
+    done = size // batch * 64
     pictures = coco_eval.read_dataset(shapes, "train")
     assert 0 < done < len(pictures)
     encoder = caption.load_clip(toy_clip)
