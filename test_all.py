@@ -1133,6 +1133,18 @@ def test_prefetch_gives_each_step_once_and_in_order():
     assert sorted(asked) == [3, 4, 5]
 
 
+def test_the_next_steps_are_prepared_ahead():
+    """Batches that are made only when they are needed, or twice, or without end."""
+    asked = []
+    steps = train_gpt2.prefetch(lambda step: asked.append(step) or step**2, 3, 9, ahead=4)
+    assert next(steps) == (3, 9)
+    deadline = time.time() + 10
+    while len(asked) < 4 and time.time() < deadline:
+        time.sleep(0.01)
+    assert sorted(asked) == [3, 4, 5, 6]
+    assert [*steps] == [(step, step**2) for step in range(4, 9)] and sorted(asked) == [*range(3, 9)]
+
+
 def test_prefetching_leaves_the_processor_to_the_step():
     """Threads that compute with threads of their own, which slow down every operation of a step."""
     before = torch.get_num_threads()
@@ -3901,6 +3913,7 @@ def test_a_bridge_knows_its_parts(captions_run, shapes, tmp_path):
     assert process.returncode == 0 and "METEOR" in process.stdout, process.stderr  # a run, too
     with open(tmp_path / "b.safetensors", "rb") as file:
         body = file.read()
+    assert str(shapes).encode() not in body  # a folder of this machine
     for old, new in ((b'\\"S\\": 33', b'\\"S\\": -3'), (b'\\"seed\\"', b'\\"sead\\"')):
         assert old in body
         (tmp_path / "c.safetensors").write_bytes(body.replace(old, new))
