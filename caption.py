@@ -1030,12 +1030,12 @@ def caption_pictures(captioner, setup, paths, num, options):
 def trained_captioner(args):
     """(file of a bridge, Setup) for the flags: --ckpt, or a run, which is trained if it must be."""
     if args.ckpt:
-        return args.ckpt, open_setup(choose_parts(args, run=read_bridge(args.ckpt)[0]))
+        return args.ckpt, open_setup(choose_parts(args, run=read_bridge(args.ckpt)[0]), False)
     out, parts, base = choose_run(args, seed=0)
     flags = train_gpt2.recipe_flags(args)
     is_missing = args.restart or flags or not train_gpt2.is_finished(out / "ckpt.pt")
     base = trained_bridge(base) if base and is_missing else None
-    setup = open_setup(parts)
+    setup = open_setup(parts, is_missing)
     if is_missing:
         print(f"missing    the bridge: training {args.bridge}")
         train(args.bridge, setup, out, flags, args.restart, base)
@@ -1254,11 +1254,13 @@ def choose_parts(args, seed=0, run=None):
     return Parts(toy, data, args.lm or lm, args.clip or clip, seed)
 
 
-def open_setup(parts):
+def open_setup(parts, needs_pictures=True):
     """Load the frozen parts; in the toy setup what is missing is made."""
     if parts.toy:
         make_toy_parts(parts)
     else:
+        if needs_pictures:
+            coco_eval.find_layout(parts.data, "val")  # or an error, before all is downloaded
         print(f"setup      decoder {parts.lm}, pictures {parts.data}, CLIP {parts.clip}")
         if parts.clip == CLIP_FOR_CPU and pick_device().type == "cpu":
             print(f"           (there is no GPU: {CLIP_FOR_GPU} is 18 times as much work)")

@@ -549,7 +549,8 @@ def find_layout(folder, split):
         if (folder / pictures).is_dir() and (folder / "annotations" / name).exists():
             return folder / "annotations" / name, folder / pictures, True
     wanted = "train2017/ and annotations/, or images/ and annotations/captions.json"
-    raise UserError(f"{folder} is not in COCO's layout", f"it needs {wanted}")
+    what_to_do = f"get COCO with python coco_eval.py --download, or have {wanted}"
+    raise UserError(f"{folder} is not in COCO's layout", what_to_do)
 
 
 LONGEST = 500  # times as long as wide: resized to its short side, a longer one would fill memory

@@ -413,7 +413,7 @@ def text_to_shards(paths, folder, val_fraction=0.01, shard_tokens=SHARD_TOKENS):
         write_shard(building / f"{folder.name}_val_000000.bin", val_tokens)
         raw.unlink()
         write_tokens_info(building, "gpt2", "own text")
-    print(f"{border:,} tokens for training, {val_count:,} for validation in {folder.name}")
+    print(f"{border:,} tokens for training, {val_count:,} for validation in {folder}")
     return border, val_count
 
 

@@ -1641,6 +1641,9 @@ def draw_panel(draw, x0, title, lines):
     draw.text(((left + right) / 2, 28), title, "#111827", font, "mt")
     for i, (label, line) in enumerate(lines.items()):
         color = ("#94a3b8", "#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed")[i % 6]
+        if len(line) == 1:  # a dot
+            x, y = pixels(*line[0])
+            draw.ellipse((x - 8, y - 8, x + 8, y + 8), color)
         if line:  # none where no value is finite
             draw.line([pixels(x, y) for x, y in line], color, 5, "curve")
         x = left + 280 * i  # the legend stands below the chart
