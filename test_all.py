@@ -1133,6 +1133,24 @@ def test_prefetch_gives_each_step_once_and_in_order():
     assert sorted(asked) == [3, 4, 5]
 
 
+def test_validation_is_the_mean_over_all_its_tokens(tmp_path, fp32):
+    """Windows that are left out, or a short last one that counts as much as the others."""
+    model = small_model(config=train_gpt2.PRESETS["tiny"])
+    tokenizer = fineweb.get_tokenizer("tiny")
+    tokens = np.random.default_rng(0).integers(0, 431, 5 * 64 + 11)
+    fineweb.write_shard(tmp_path / "a.bin", tokens)
+    dataset = train_gpt2.TokenDataset([tmp_path / "a.bin"])
+    losses = []
+    for x, y in zip(np.split(tokens[:-1], range(64, 330, 64)),
+                    np.split(tokens[1:], range(64, 330, 64)), strict=True):
+        logits = model(torch.from_numpy(x)[None])[0][0]
+        losses += F.cross_entropy(logits, torch.from_numpy(y), reduction="none").tolist()
+    for count, size in ((330, 6 * 64), (128, 2 * 64)):  # all of it, or the first two windows
+        sets = {"val": dataset}
+        row = train_gpt2.validate(model, model.config, sets, tokenizer, size, 4, CPU)
+        assert row["val_val"] == pytest.approx(np.mean(losses[:count]), rel=1e-5)
+
+
 def test_the_next_steps_are_prepared_ahead():
     """Batches that are made only when they are needed, or twice, or without end."""
     asked = []
