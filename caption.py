@@ -78,7 +78,8 @@ from train_gpt2 import MLP, KVCache, Recipe, Run, attention, autocast, get_lr, p
 # So linear's 4 x 8 averages stand exactly where the map's 4 x 4 x 2 words stood, and its class
 # token where <|endoftext|> was. The Q-Former has no class token: its first query stands at position
 # 0, and its caption begins at 32, one place before linear's. No newline follows either of them.
-# With cross the caption stands where the decoder has always seen a map; it has to learn that, too.
+# With cross the caption stands where the decoder has always seen a map: the bridge has to make up
+# for that.
 
 # -----------------------------------------------------------------------------
 # 1. The image encoder: what CLIP sees, as tokens
@@ -140,11 +141,11 @@ def pool_tokens(tokens):
 # -----------------------------------------------------------------------------
 # 2. The three bridges, from vision tokens (B, S, D) to a decoder of width C
 #
-#              what the decoder gets                          where             trained, + positions
-#   linear     S vectors, each vision token projected         before the text   projection
-#   qformer    32 vectors, gathered by learned queries        before the text   it, 1 to 4 layers
-#   cross      attention to the vision tokens, per block      inside            it, attention
-#   blind      what linear makes of zeros, to compare with    before the text   projection
+#             what the decoder gets                        where            trained
+#   linear    S vectors, each vision token projected       before the text  projection, positions
+#   qformer   32 vectors, gathered by learned queries      before the text  these, 1 to 4 layers
+#   cross     attention to the vision tokens, per block    inside           these, attention
+#   blind     what linear makes of zeros, to compare with  before the text  as linear
 #
 # Each has the same two methods: prefix(vision) gives the vectors before the text, or None;
 # hook(vision) gives the function (i, x) -> x that the decoder calls before its block i, or None.
@@ -443,7 +444,7 @@ def get_micro_batches(train_set, captioner, recipe, seed, step):
 
 
 def train(name, setup, out, flags, restart=False, base=None):
-    """Train a bridge, or go on with the run in `out`, to the end: the Run. The loop of train_gpt2.
+    """Train a bridge, or go on with the run in `out`; returns the Run. The loop of train_gpt2.py.
 
     The toy recipe is 500 steps of 32 pictures, each with its five captions; the full one, four
     passes over COCO (on a CPU one and a half). flags: of the recipe, {name: value}. base: None, or
@@ -477,7 +478,7 @@ def train(name, setup, out, flags, restart=False, base=None):
     tokenizer = setup.tokenizer if base else None
     with run:
         for step, parts in batches:
-            if step % recipe.eval_every == 0 and (step or base):  # of --scst also the beginning
+            if step % recipe.eval_every == 0 and (step or base):  # --scst: step 0, too
                 run.record(validate(captioner, val_set, run, tokenizer), bridge, optimizer)
             lr = get_lr(step, recipe)
             for group in optimizer.param_groups:
@@ -1030,12 +1031,13 @@ def caption_pictures(captioner, setup, paths, num, options):
 def trained_captioner(args):
     """(file of a bridge, Setup) for the flags: --ckpt, or a run, which is trained if it must be."""
     if args.ckpt:
-        return args.ckpt, open_setup(choose_parts(args, run=read_bridge(args.ckpt)[0]), False)
+        parts = choose_parts(args, run=read_bridge(args.ckpt)[0])
+        return args.ckpt, open_setup(parts, needs_pictures=False)
     out, parts, base = choose_run(args, seed=0)
     flags = train_gpt2.recipe_flags(args)
     is_missing = args.restart or flags or not train_gpt2.is_finished(out / "ckpt.pt")
     base = trained_bridge(base) if base and is_missing else None
-    setup = open_setup(parts, is_missing)
+    setup = open_setup(parts, needs_pictures=is_missing)
     if is_missing:
         print(f"missing    the bridge: training {args.bridge}")
         train(args.bridge, setup, out, flags, args.restart, base)

@@ -1869,6 +1869,18 @@ def test_half_an_environment_of_torchrun_is_one_line(tmp_path, monkeypatch):
     assert_error(run("train_gpt2.py", cwd=tmp_path), "WORLD_SIZE", "torchrun")
 
 
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA A100-SXM4-80GB", "312"), ("NVIDIA H100 80GB HBM3", "989"), ("NVIDIA RTX A5000", "111"),
+    ("NVIDIA GeForce RTX 4090", "165"), ("NVIDIA RTX A1000", None), ("NVIDIA L4", None)])
+def test_the_share_of_a_gpus_peak_is_of_that_gpu(name, peak, monkeypatch):
+    """A small card that is judged by the peak of one whose name begins like its own."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5e9)
+    text = train_gpt2.hardware_use(50e12)
+    assert "5.0 GB" in text and (f"of {peak} TFLOP/s" in text if peak else "MFU" not in text)
+
+
 def test_curves_are_drawn(tmp_path):
     """Curves without their validation, their second panel, or with points outside."""
     log = tmp_path / "log.csv"
