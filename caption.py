@@ -5,14 +5,14 @@ Pictures in words: a frozen CLIP and a frozen GPT-2, joined by a small bridge th
     python caption.py --bridge {linear,cross,qformer}      train and score a bridge, draw a grid
     python caption.py --bridge linear --eval [--beam 5]    results.json and scores.json
     python caption.py --bridge linear --scst [--sample]    train it further, on CIDEr-D; use that
-    python caption.py --bridge linear --export FILE        the bridge alone, to share; --ckpt FILE
+    python caption.py --ckpt FILE --sample img.jpg         with a bridge of somebody else
     python caption.py --compare                            all three, and a blind one, in one table
 
 Without a GPU and COCO this is the toy setup: drawn pictures of colored shapes, a CLIP of 64 x 64
 pixels that is trained here, and the decoder of `python train_gpt2.py`. With --data FOLDER (COCO
 2017, or your own pictures in its layout) the same code joins OpenAI's CLIP to GPT-2 124M. A run
-lives in runs/<setup>-<bridge>/: ckpt.pt, best.pt, log.csv, curves.png; its evaluation adds
-results.json, scores.json, grid.png.
+lives in runs/<setup>-<bridge>/: ckpt.pt, log.csv, curves.png, and best.safetensors, the bridge
+alone, which is what one shares; its evaluation adds results.json, scores.json, grid.png.
 
 To read, in an evening: 0 why it works, 1 the image encoder, 2 the three bridges, 3 the captioner,
 4 training a bridge, 5 self-critical training. For reference, after the banner: beam search,
@@ -22,25 +22,26 @@ line.
 Letters beside the code: B batch, T time (tokens), C width of the decoder, P prefix, S vision
 tokens, D their width, N targets of a row, V vocabulary, W beams, K samples.
 """
+import contextlib
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
 import random
-import shlex
 import sys
 import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import filelock
 import numpy as np
+import requests
 import torch
 import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -48,7 +49,7 @@ import coco_eval
 import fineweb
 import train_gpt2
 from fineweb import UserError, number
-from train_gpt2 import MLP, KVCache, Recipe, Run, attention, autocast, get_lr, pick_device, rank
+from train_gpt2 import MLP, KVCache, Recipe, Run, autocast, fit, get_lr, pick_device, rank
 
 # -----------------------------------------------------------------------------
 # 0. Why it works
@@ -86,38 +87,32 @@ from train_gpt2 import MLP, KVCache, Recipe, Run, attention, autocast, get_lr, p
 
 
 class ImageEncoder:
-    """The frozen image half of CLIP.
+    """The frozen image half of CLIP, a vision transformer (Dosovitskiy et al. 2021):
 
-    It is a vision transformer (Dosovitskiy et al. 2021): the picture is cut into square patches, of
-    14 x 14 pixels for ViT-L/14, and each is a token; one more, the class token, comes to describe
-    the whole. We take the tokens after the second-to-last block: in OpenAI's CLIP no loss reaches
-    what the last block makes of the patches. (The toy's are better there, too.)
+        patches = conv(image)                     # squares of 14 x 14 pixels for ViT-L/14, each
+        patches = patches.flatten(2).mT           # mapped to D numbers: (B, 256, D)
+        x = torch.cat([class_token, patches], 1)  # (B, 257, D); the class token is learned
+        x = ln_pre(x + positions)
+        for block in blocks[:-1]:                 # of attention and MLP, as GPT-2's, but every
+            x = block(x)                          # token may attend to every other
+        return x
+
+    We take the tokens after the second-to-last block: in OpenAI's CLIP only the class token goes
+    on from the last one into the loss, so nothing tells it what to make of the patches there. (The
+    toy's CLIP averages its patches instead; its second-to-last block is better, too.)
     """
 
     def __init__(self, visual, preprocess, digest):
         self.visual = train_gpt2.freeze(visual, pick_device())
         self.preprocess = preprocess  # Pillow picture to (3, H, W)
         self.digest = digest  # of what its tokens depend on
-        # PyTorch's attention on (B, T, C) copies its weights for each token: 40 times slower in
-        # bf16 on a CPU than on (T, B, C), which open_clip can have too
-        blocks = visual.transformer.resblocks
-        if all(isinstance(block.attn, nn.MultiheadAttention) for block in blocks):
-            for module in (visual.transformer, *(block.attn for block in blocks)):
-                module.batch_first = False
-
-    def prepare(self, path):
-        """A picture as CLIP wants it, (3, H, W); UserError if it cannot be read."""
-        image = coco_eval.load_image(path)
-        try:
-            return self.preprocess(image)
-        except (ValueError, MemoryError) as error:
-            raise UserError(f"{path} cannot be resized ({error})", "replace it") from error
 
     @torch.no_grad()
     def __call__(self, images):
         """Prepared pictures (B, 3, H, W) to class token and patches in reading order, (B, S, D)."""
         second_to_last = len(self.visual.transformer.resblocks) - 2
         with autocast(pick_device()):
+            # open_clip's name for the loop above; the class token comes apart ("prefix")
             out = self.visual.forward_intermediates(
                 images.to(pick_device()), indices=[second_to_last], stop_early=True,
                 intermediates_only=True, output_fmt="NLC", output_extra_tokens=True)
@@ -148,17 +143,24 @@ def pool_tokens(tokens):
 #   blind     what linear makes of zeros, to compare with  before the text  as linear
 #
 # Each has the same two methods: prefix(vision) gives the vectors before the text, or None;
-# hook(vision) gives the function (i, x) -> x that the decoder calls before its block i, or None.
-# A prefix begins at the scale of the decoder's own token vectors, so that it influences the decoder
-# from the first step.
+# look(vision) gives a function (i, x) -> x, which lets the words x look at the picture before the
+# decoder's block i; after a prefix there is nothing to do. A prefix begins at the scale of the
+# decoder's own token vectors, so that it influences the decoder from the first step.
+
+
+def look_at_nothing(i, x):
+    """The look() of a bridge whose prefix has all: x as it is."""
+    return x
 
 
 class LinearBridge(nn.Module):
     """A linear map of each vision token, as in LiMBeR (Merullo et al. 2022), and positions.
 
     LiMBeR showed that a linear map is enough to read a frozen image encoder with a frozen language
-    model. ClipCap (Mokady et al. 2021) maps one vector of a picture to a prefix, with an MLP. The
-    other two bridges begin with this map too.
+    model. ClipCap (Mokady et al. 2021) maps one vector of a picture to a prefix: by a transformer
+    where GPT-2 stays frozen, by an MLP where it is trained, too. The other two bridges begin with
+    this map. Its positions begin at zero, since a prefix gets the decoder's own in addition; in
+    the other bridges nothing else says where a token was, so they begin at random.
     """
 
     def __init__(self, S, D, decoder):
@@ -173,8 +175,8 @@ class LinearBridge(nn.Module):
     def prefix(self, vision):
         return self.project(self.norm(vision)) + self.positions  # (B, S, C)
 
-    def hook(self, vision):
-        return None
+    def look(self, vision):
+        return look_at_nothing
 
 
 class BlindBridge(LinearBridge):
@@ -199,7 +201,7 @@ class QFormerBridge(nn.Module):
         nn.init.normal_(self.linear.positions, std=token_scale(decoder))
         self.queries = nn.Parameter(0.02 * torch.randn(self.P, C))
         self.ln = nn.LayerNorm(C)
-        n_layer = max(1, min(4, decoder.config.n_layer // 3))
+        n_layer = max(1, min(4, decoder.config.n_layer // 3))  # 1 for the toy, 4 for the 124M
         self.layers = nn.ModuleList(QFormerLayer(decoder.config) for _ in range(n_layer))
         self.ln_f = nn.LayerNorm(C)
         self.project = nn.Linear(C, C)
@@ -212,8 +214,8 @@ class QFormerBridge(nn.Module):
             x = layer(x, vision)
         return self.project(self.ln_f(x))  # (B, 32, C)
 
-    def hook(self, vision):
-        return None
+    def look(self, vision):
+        return look_at_nothing
 
 
 class QFormerLayer(nn.Module):
@@ -267,7 +269,7 @@ class CrossAttentionBridge(nn.Module):
     def prefix(self, vision):
         return None
 
-    def hook(self, vision):
+    def look(self, vision):
         vision = self.linear.prefix(vision)  # (B, S, C)
         keys_values = []  # once for all tokens
         for ln, cross_attn in zip(self.ln, self.cross_attn, strict=True):
@@ -301,13 +303,13 @@ class Attention(nn.Module):
         return self.split_heads(k), self.split_heads(v)
 
     def forward(self, x, k, v):
-        y = attention(self.split_heads(self.q(x)), k, v)  # (B, nh, T, hs)
+        y = train_gpt2.attention(self.split_heads(self.q(x)), k, v)  # (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).reshape(x.shape))
 
 
 def token_scale(decoder):
     """The standard deviation of the decoder's token vectors."""
-    return (decoder.wte.weight.float() + decoder.center).std().item()
+    return decoder.wte.weight.std().item()
 
 
 BRIDGES = {
@@ -353,57 +355,82 @@ class Captioner(nn.Module):
 
     def beginning(self, vision):
         """What stands before the caption, (B, P, C), with the decoder's positions."""
-        positions = self.decoder.wpe.weight[: self.bridge.P]
         prefix = self.bridge.prefix(vision)
         if prefix is None:
-            return self.decoder.wte.weight[self.eot].expand(len(vision), 1, -1) + positions
-        # freeze() moved the mean row of wte, center, into wpe: wte + wpe is what it was. A prefix
-        # is not made of wte, so it needs wpe as it was
-        return prefix + (positions - self.decoder.center)
+            prefix = self.decoder.wte.weight[self.eot].expand(len(vision), 1, -1)
+        return prefix + self.decoder.wpe.weight[: self.bridge.P]
+
+    def hidden_states(self, x, look, mask=None, cache=None):
+        """Vectors (B, T, C) through the decoder's blocks; before each a look at the picture."""
+        for i, block in enumerate(self.decoder.h):
+            x = look(i, x)
+            x = block(x, mask, cache[i] if cache else None)
+        return self.decoder.ln_f(x)
 
     def pack(self, captions):
         """Packed captions; captions: for each picture token lists, ended by <|endoftext|>."""
         rows = [([], [ids[: self.room] for ids in group]) for group in captions]
         return train_gpt2.pack(rows, self.bridge.P)
 
-    def forward(self, vision, packed, weights=None):
-        """(None, mean loss), as GPT has it with targets.
-
-        weights (B, captions): of each caption's loss, which is then summed and divided by B
-        (chapter 5: K samples and K references).
-        """
-        if weights is None:
-            return None, self.loss(vision, packed)
-        nats = self.loss(vision, packed, "none")  # (B, N)
-        weight = weights.gather(1, packed.owner.clamp(min=0))  # (B, N), of a token's caption
-        return None, (nats * weight).sum() / len(weights)
-
-    def loss(self, vision, packed, reduction="mean"):
-        """Cross-entropy in nats of captions, given vision tokens (B, S, D); see GPT.loss."""
+    def predict(self, vision, packed):
+        """The hidden states (B, N, C) that predict the targets of packed captions."""
         words = self.decoder.embed(packed.idx, packed.positions)  # (B, T, C)
         x = torch.cat([self.beginning(vision), words], dim=1)  # (B, P + T, C)
-        look = self.bridge.hook(vision)
-        h = self.decoder.hidden_states(x, packed.mask, before_block=look)
-        return self.decoder.loss(packed.at_source(h), packed.targets, reduction)
+        return packed.at_source(self.hidden_states(x, self.bridge.look(vision), packed.mask))
+
+    def forward(self, vision, packed):
+        """(None, mean loss) of captions, given vision tokens (B, S, D); as GPT has it."""
+        return None, self.decoder.loss(self.predict(vision, packed), packed.targets)
 
     @torch.no_grad()
     def generate(self, vision, max_new_tokens=None, prompt=None, temperature=0.0, **sampling):
-        """Token ids (B, n + new) for vision tokens (B, S, D); greedy without a temperature.
+        """Token ids (B, new) for vision tokens (B, S, D); greedy without a temperature.
 
         max_new_tokens: by default as many as a caption may have in training. prompt: (B, n) ids
-        with which the captions begin.
+        with which the captions begin, which are not repeated.
         """
-        if prompt is None:
-            prompt = torch.empty(len(vision), 0, dtype=torch.long, device=vision.device)
-        room = self.room - prompt.size(1)
-        return train_gpt2.generate(
-            self.decoder, prompt, min(max_new_tokens or room, room),
-            prefix=self.beginning(vision), stop=self.eot, before_block=self.bridge.hook(vision),
-            temperature=temperature, **sampling)
+        look = self.bridge.look(vision)
+        x = self.beginning(vision)  # (B, P, C): prefill
+        if prompt is not None:
+            positions = torch.arange(prompt.size(1), device=x.device) + x.size(1)
+            x = torch.cat([x, self.decoder.embed(prompt, positions)], dim=1)  # (B, P + n, C)
+        end = x.size(1)  # the position of the next token
+        last = min(end + (max_new_tokens or self.room), self.bridge.P + self.room)
+        cache = [KVCache() for _ in self.decoder.h]
+        running = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        tokens = []
+        for position in range(end, last):
+            h = self.hidden_states(x, look, cache=cache)
+            logits = self.decoder.logits(h[:, -1]).float()  # (B, V)
+            token = train_gpt2.sample_token(logits, temperature, **sampling)  # (B,)
+            token = torch.where(running, token, self.eot)
+            tokens.append(token)
+            running &= token != self.eot
+            if not running.any():
+                break
+            positions = torch.arange(position, position + 1, device=x.device)
+            x = self.decoder.embed(token[:, None], positions)  # (B, 1, C)
+        return torch.stack(tokens, dim=1)
 
 
 # -----------------------------------------------------------------------------
 # 4. Training a bridge
+
+
+@dataclass
+class Setup:
+    """The frozen parts and the pictures: their names, and, after open_setup(), they themselves."""
+
+    toy: bool
+    data: Path
+    lm: str  # as train_gpt2.py --ckpt names it
+    clip: str  # our own file, or open_clip's NAME/TAG or NAME/FILE
+    seed: int  # in the toy setup also that of the decoder and of CLIP
+    karpathy: bool = False  # COCO as Karpathy split it
+    encoder: ImageEncoder = None
+    decoder: train_gpt2.GPT = None
+    tokenizer: object = None
+    lm_digest: str = None
 
 
 @dataclass
@@ -422,10 +449,6 @@ class PictureSet:
         """Vision tokens (B, S, D) of the chosen pictures, by default of all."""
         return torch.from_numpy(self.features[self.rows[chosen]].astype(np.float32))
 
-    def shuffled(self):
-        """Each picture with the vision tokens of the one before it."""
-        return replace(self, rows=np.roll(self.rows, 1))
-
 
 def get_micro_batches(train_set, captioner, recipe, seed, step):
     """This rank's micro-batches of a step: [(vision, packed captions, share of the targets)]."""
@@ -438,81 +461,39 @@ def get_micro_batches(train_set, captioner, recipe, seed, step):
     batches = []
     for part in train_gpt2.share_out(chosen, recipe):
         packed = captioner.pack([train_set.captions[i] for i in part])
-        vision, packed = train_gpt2.pin(train_set.vision(part), packed)
-        batches.append((vision, packed, targets(part) / targets(chosen)))
+        batches.append((train_set.vision(part), packed, targets(part) / targets(chosen)))
     return batches
 
 
-def train(name, setup, out, flags, restart=False, base=None):
-    """Train a bridge, or go on with the run in `out`; returns the Run. The loop of train_gpt2.py.
+def train(name, setup, out, flags):
+    """Train a bridge, or go on with the run in `out`; returns the Run. The loop is fit().
 
-    The toy recipe is 500 steps of 32 pictures, each with its five captions; the full one, four
-    passes over COCO (on a CPU one and a half). flags: of the recipe, {name: value}. base: None, or
-    the file of a trained bridge from which self-critical training begins (chapter 5; until there
-    its branches can be skipped).
+    Toy: 500 steps of 32 pictures, each with its five captions, by Muon, at rates of .01 to .04 for
+    matrices. Full: four passes over COCO (on a CPU one and a half), by AdamW, at 2e-3 for linear
+    and 4e-4 for the others. The rate is flat, then falls linearly (choose_recipe). flags: of the
+    recipe, {name: value}.
     """
     device = pick_device()
     train_set = load_pictures(setup, "train")
     val_set = load_pictures(setup, "val")
     torch.manual_seed(setup.seed)
-    sizes = train_set.features.shape[1:]
-    captioner = load_captioner(base, setup) if base else build(name, *sizes, setup.decoder)
-    bridge = captioner.to(device).bridge
-    recipe = choose_recipe(name, setup, len(train_set), flags, scst=bool(base))
-    optimizer = train_gpt2.configure_optimizer(bridge, recipe)
-    identity = run_identity(name, setup, train_set, recipe, bridge if base else None)
-    names = {"lm": setup.lm, "clip": setup.clip, "data": str(setup.data)}
-    run = Run(out, identity, recipe, "pictures", restart, names)
-    run.resume(bridge, optimizer)
-    if run.finished:
-        return run
-    parameters = sum(p.numel() for p in bridge.parameters())
-    print(f"bridge     {out}: {parameters:,} trainable parameters")
-    parallel = train_gpt2.parallelize(captioner, compile=False)
-    sources = (train_set, captioner, recipe, setup.seed)
-    if base:
-        batches = sampled_batches(*sources, setup.tokenizer, run.step)
-    else:
-        get_batches = functools.partial(get_micro_batches, *sources)
-        batches = train_gpt2.prefetch(get_batches, run.step, recipe.max_steps)
-    tokenizer = setup.tokenizer if base else None
+    captioner = build(name, *train_set.features.shape[1:], setup.decoder).to(device)
+    recipe = choose_recipe(name, setup, len(train_set), flags)
+    run = open_run(name, setup, out, captioner.bridge, train_set, recipe)
     with run:
-        for step, parts in batches:
-            if step % recipe.eval_every == 0 and (step or base):  # --scst: step 0, too
-                run.record(validate(captioner, val_set, run, tokenizer), bridge, optimizer)
-            lr = get_lr(step, recipe)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_scale"]
-            loss, norm = train_gpt2.train_step(parallel, optimizer, parts, recipe, device)
-            run.count_step(loss, norm)
-            stop = run.stop_requested()
-            if stop or run.step % recipe.log_every == 0 or run.step in (1, recipe.max_steps):
-                run.progress(loss, lr, norm)
-            if stop:
-                run.save_and_exit(bridge, optimizer)
-        run.record(validate(captioner, val_set, run, tokenizer), bridge, optimizer)
+        if not run.finished:
+            get_batches = functools.partial(
+                get_micro_batches, train_set, captioner, recipe, setup.seed)
+            batches = train_gpt2.prefetch(get_batches, run.step, recipe.max_steps)
+            fit(run, captioner, batches, lambda: validate(captioner, val_set), device)
     return run
 
 
-def validate(captioner, val_set, run, tokenizer=None):
-    """Print the validation loss and return it for the log; the best bridge so far is in best.pt.
-
-    tokenizer: given in self-critical training, where the best is that with the highest CIDEr-D.
-    """
+def validate(captioner, val_set):
+    """Print the validation loss, and return it for the log."""
     token, caption = caption_loss(captioner, val_set, pick_device())
-    print(f"           val {token:.4f} nats per token, {caption:.3f} per caption")
-    row = {"val_val": token}
-    score = token  # the lower the better
-    if tokenizer:
-        scores, _ = score_captions(captioner, val_set, tokenizer)
-        row["cider"] = scores["corpus"]["CIDEr"]
-        print(f"           CIDEr-D of greedy captions {row['cider']:.4f}")
-        score = -row["cider"]
-    if score < run.best and rank() == 0:
-        run.best = score
-        content = {"run": run.identity | run.names, "model": captioner.bridge.state_dict()}
-        train_gpt2.save_checkpoint(run.out / "best.pt", content)
-    return row
+    print(f"           val {token:.4f} nats per token, {caption:.3f} per caption", flush=True)
+    return {"val_val": token}
 
 
 # -----------------------------------------------------------------------------
@@ -525,12 +506,13 @@ def validate(captioner, val_set, run, tokenizer=None):
 #     grad sum(p * r)  =  sum(r * grad p)  =  sum(p * r * grad log p)
 #                      =  the mean of r * grad log p over captions that are sampled
 #
-# So samples that score well are made more probable (Rennie et al. 2017):
+# So samples that score well are made more probable. Rennie et al. (2017) compare each with the
+# model's own greedy caption, hence "self-critical"; here with the other samples (Luo 2020):
 #
 #     samples = [sample(picture) for k in range(K)]                    # at temperature 1
 #     rewards = [cider(sample) for sample in samples]
 #     for k in range(K):
-#         baseline = mean of the other rewards                         # Luo 2020
+#         baseline = mean of the other rewards
 #         loss -= (rewards[k] - baseline) * log_p(samples[k]) / K
 #         loss -= ANCHOR * log_p(references[k]) / K
 #
@@ -542,8 +524,51 @@ def validate(captioner, val_set, run, tokenizer=None):
 # used.
 
 SAMPLES = 5  # K captions of each picture
+SAMPLE_TOKENS = 30  # a sample is cut there: few references are longer
 ANCHOR = 0.5  # weight of the references' cross-entropy; rewards lie between 0 and 10
 END = "<end>"  # a word of the reward
+
+
+class ScoredCaptioner(nn.Module):
+    """A captioner whose loss weighs captions one by one: the sum above, a mean over pictures."""
+
+    def __init__(self, captioner):
+        super().__init__()
+        self.captioner = captioner
+
+    def forward(self, vision, packed, weights):
+        """weights: (B, captions), of the - log p of each."""
+        h = self.captioner.predict(vision, packed)
+        nats = self.captioner.decoder.losses(h, packed.targets)  # (B, N)
+        weight = weights.gather(1, packed.owner.clamp(min=0))  # (B, N), of a token's caption
+        return None, (nats * weight).sum() / len(weights)
+
+
+def train_on_scores(name, setup, out, flags, base):
+    """Train the bridge in the file `base` further, as train() does, but on CIDEr-D."""
+    device = pick_device()
+    train_set = load_pictures(setup, "train")
+    val_set = load_pictures(setup, "val")
+    if len(val_set) < 2:
+        raise UserError("CIDEr-D of one validation picture is always 0", "add pictures for --scst")
+    torch.manual_seed(setup.seed)
+    captioner = load_captioner(base, setup)
+    recipe = choose_recipe(name, setup, len(train_set), flags, scst=True)
+    run = open_run(name, setup, out, captioner.bridge, train_set, recipe, base)
+
+    def evaluate():
+        row = validate(captioner, val_set)
+        scores, _ = score_captions(captioner, val_set, setup.tokenizer)
+        row["cider"] = scores["corpus"]["CIDEr"]
+        print(f"           CIDEr-D of greedy captions {row['cider']:.4f}", flush=True)
+        return row
+
+    with run:
+        if not run.finished:
+            batches = sampled_batches(
+                train_set, captioner, recipe, setup.seed, setup.tokenizer, run.step)
+            fit(run, ScoredCaptioner(captioner), batches, evaluate, device)
+    return run
 
 
 def sampled_batches(train_set, captioner, recipe, seed, tokenizer, first_step):
@@ -580,9 +605,9 @@ def draw_samples(captioner, vision, generator):
     """For each picture K sampled captions: lists of token ids, up to <|endoftext|>."""
     repeated = vision.repeat_interleave(SAMPLES, 0)  # (B * K, S, D)
     with autocast(vision.device):
-        rows = captioner.generate(repeated, temperature=1.0, generator=generator).tolist()
+        rows = captioner.generate(repeated, SAMPLE_TOKENS, temperature=1.0, generator=generator)
     eot = captioner.eot
-    rows = [row[: row.index(eot) + 1] if eot in row else row for row in rows]
+    rows = [row[: row.index(eot) + 1] if eot in row else row for row in rows.tolist()]
     return [rows[i : i + SAMPLES] for i in range(0, len(rows), SAMPLES)]
 
 
@@ -612,8 +637,8 @@ def prefill(captioner, vision, W):
     """(cache, hidden states (B * W, C) of the last position): once a picture, then W rows of it."""
     decoder = captioner.decoder
     cache = [KVCache() for _ in decoder.h]
-    look = captioner.bridge.hook(vision)
-    h = decoder.hidden_states(captioner.beginning(vision), cache=cache, before_block=look)
+    look = captioner.bridge.look(vision)
+    h = captioner.hidden_states(captioner.beginning(vision), look, cache=cache)
     for layer in cache:
         layer.k = layer.k.repeat_interleave(W, 0)
         layer.v = layer.v.repeat_interleave(W, 0)
@@ -643,7 +668,7 @@ def beam_search(captioner, vision, beams, max_new_tokens=None, length_penalty=1.
     total = torch.full((B, W), -math.inf, device=device)
     total[:, 0] = 0  # the beams are alike at first: only one may go on
     cache, h = prefill(captioner, vision, W)
-    look = captioner.bridge.hook(vision.repeat_interleave(W, 0))
+    look = captioner.bridge.look(vision.repeat_interleave(W, 0))
     for step in range(min(max_new_tokens or captioner.room, captioner.room)):
         log_p = decoder.logits(h).float().log_softmax(-1).view(B, W, -1)
         V = log_p.size(2)
@@ -667,7 +692,7 @@ def beam_search(captioner, vision, beams, max_new_tokens=None, length_penalty=1.
             layer.v = layer.v[rows]
         position = torch.full((1,), captioner.bridge.P + step, device=device)
         x = decoder.embed(token.view(-1, 1), position)
-        h = decoder.hidden_states(x, cache=cache, before_block=look)[:, -1]
+        h = captioner.hidden_states(x, look, cache=cache)[:, -1]
     return tokens[:, 0]
 
 
@@ -680,13 +705,14 @@ def caption_loss(captioner, pictures, device, batch=50):
     """(nats per token, nats per caption) over a PictureSet."""
     nats = 0.0
     tokens = 0
-    for i in range(0, len(pictures), batch):
+    for i in train_gpt2.progress(range(0, len(pictures), batch), "validation"):
         part = range(i, min(i + batch, len(pictures)))
         packed = captioner.pack([pictures.captions[j] for j in part])
         with autocast(device):
-            vision = pictures.vision(part).to(device)
-            nats += captioner.loss(vision, packed.to(device), "sum").item()
-        tokens += (packed.targets >= 0).sum().item()
+            _, loss = captioner(pictures.vision(part).to(device), packed.to(device))
+        count = (packed.targets >= 0).sum().item()
+        nats += loss.item() * count
+        tokens += count
     return nats / tokens, nats / sum(map(len, pictures.captions))
 
 
@@ -695,7 +721,7 @@ def write_captions(captioner, vision, tokenizer, prompts=None, beams=1, **option
     device = pick_device()
     rows = []
     batch = max(1, 250 // beams)
-    for i in range(0, len(vision), batch):
+    for i in train_gpt2.progress(range(0, len(vision), batch), "captions"):
         part = vision[i : i + batch].to(device)
         prompt = None if prompts is None else prompts[i : i + batch].to(device)
         with autocast(device):
@@ -703,8 +729,10 @@ def write_captions(captioner, vision, tokenizer, prompts=None, beams=1, **option
                 ids = beam_search(captioner, part, beams)
             else:
                 ids = captioner.generate(part, prompt=prompt, **options)
+        ids = ids if prompt is None else torch.cat([prompt, ids], dim=1)
         rows += ids.tolist()
-    return [text.strip() for text in train_gpt2.decode(rows, tokenizer)]
+    # a caption is one line, whatever the decoder writes
+    return [" ".join(text.split()) for text in train_gpt2.decode(rows, tokenizer)]
 
 
 def ask_facts(pictures, tokenizer, answer):
@@ -753,12 +781,14 @@ def score_captions(captioner, pictures, tokenizer, beams=1):
 def evaluate(out, setup, beam=None):
     """Score the best bridge of a run on the validation pictures: print, write files, return a dict.
 
-    The files are results.json, scores.json, grid.png (of beam search: results_beam.json ...).
-    "shuffled": each caption with the tokens of another picture; what is right then was guessed.
+    The files are results.json, in COCO's format, scores.json and grid.png. "shuffled": each caption
+    with the vision tokens of another picture; what is right then was guessed.
     """
     device = pick_device()
-    captioner = load_captioner(Path(out) / "best.pt", setup)
-    val_set = load_pictures(setup, "val")
+    out = Path(out)
+    captioner = load_captioner(out / "best.safetensors", setup)
+    val_set = load_pictures(setup, "test" if setup.karpathy else "val")
+    shuffled = replace(val_set, rows=np.roll(val_set.rows, 1))
     decoding = f"beam {beam}" if beam else "greedy"
     scores, texts = score_captions(captioner, val_set, setup.tokenizer, beam or 1)
     row = {
@@ -767,24 +797,29 @@ def evaluate(out, setup, beam=None):
         "decoding": decoding,
         **scores["corpus"],
         "nats per caption": caption_loss(captioner, val_set, device)[1],
-        "shuffled": caption_loss(captioner, val_set.shuffled(), device)[1],
+        "shuffled": caption_loss(captioner, shuffled, device)[1],
     }
     lines = []
     if all(picture["scene"] for picture in val_set.pictures):  # the toy pictures
-        facts, lines = scene_facts(captioner, setup, val_set, texts)
+        facts, lines = scene_facts(captioner, setup, val_set, shuffled, texts)
         row |= facts
     if rank() == 0:
-        write_scores(Path(out), val_set.pictures, texts, row | scores, "_beam" if beam else "")
+        pairs = zip(val_set.pictures, texts, strict=True)
+        results = [{"image_id": picture["id"], "caption": text} for picture, text in pairs]
+        fineweb.write_json(out / "results.json", results)
+        fineweb.write_json(out / "scores.json", row | {"per_image": scores["per_image"]})
+        chosen = range(0, len(texts), max(len(texts) // 9, 1))[:9]
+        draw_grid(out / "grid.png", [(val_set.pictures[i]["path"], texts[i]) for i in chosen])
     losses = f"{row['nats per caption']:.2f} nats per caption, shuffled {row['shuffled']:.2f}"
     print(f"{len(val_set)} validation pictures of {setup.data}, {decoding}: {losses}")
     print("\n".join([coco_eval.table(scores, len(val_set)), *lines]))
-    if coco_eval.find_layout(setup.data, "val")[2]:
+    if not setup.karpathy and coco_eval.find_layout(setup.data, "val")[2]:
         print("a tenth of the pictures was held out: not comparable with results on val2017")
-    print(f"{out} has best.pt, results, scores, curves.png and grid.png")
+    print(f"{out} has best.safetensors, results.json, scores.json, curves.png and grid.png")
     return row
 
 
-def scene_facts(captioner, setup, val_set, texts):
+def scene_facts(captioner, setup, val_set, shuffled, texts):
     """({fact: share}, lines to print) of toy pictures, whose scenes are known, and their captions.
 
     Also of pictures with pairs of color and shape that no training picture has ("unseen pairs").
@@ -792,9 +827,10 @@ def scene_facts(captioner, setup, val_set, texts):
     pairs = zip(texts, val_set.pictures, strict=True)
     wrong = [False in coco_eval.facts(text, p["scene"]).values() for text, p in pairs]
     row = {"captions true": 1 - sum(wrong) / len(wrong)}
-    unseen = load_pictures(setup, "unseen")
     lines = []
-    groups = {"": val_set, ", unseen pairs": unseen, ", shuffled": val_set.shuffled()}
+    groups = {"": val_set, ", shuffled": shuffled}
+    if (setup.data / "unseen").is_dir():
+        groups[", unseen pairs"] = load_pictures(setup, "unseen")
     for kind, group in groups.items():
         parts = (captioner, group.vision(), setup.tokenizer)
         answer = functools.partial(write_captions, *parts, max_new_tokens=8)
@@ -804,15 +840,6 @@ def scene_facts(captioner, setup, val_set, texts):
         lines.append(f"{'facts' + kind:22} {'  '.join(facts)}")
     lines.append(f"captions without a false statement: {row['captions true']:.2f}")
     return row, lines
-
-
-def write_scores(out, pictures, texts, scores, suffix):
-    """results.json in COCO's format, scores.json and grid.png; the suffix is for beam search."""
-    results = [{"image_id": p["id"], "caption": t} for p, t in zip(pictures, texts, strict=True)]
-    fineweb.write_json(out / f"results{suffix}.json", results)
-    fineweb.write_json(out / f"scores{suffix}.json", scores)
-    chosen = range(0, len(pictures), max(len(pictures) // 9, 1))[:9]
-    draw_grid(out / f"grid{suffix}.png", [(pictures[i]["path"], texts[i]) for i in chosen])
 
 
 def draw_grid(path, cells, size=256, columns=3, below=96):
@@ -835,52 +862,36 @@ def draw_grid(path, cells, size=256, columns=3, below=96):
 
 
 def compare(args):
-    """Train and score all bridges under one budget, with one seed or more: a table and a chart."""
-    results = []
-    for seed in range(args.seed, args.seed + args.seeds):
-        parts = choose_parts(args, seed=seed)  # in the toy setup the decoder's and CLIP's seed too
-        results.append(compare_bridges(args, open_setup(parts)))
-    folder = run_folder(args, choose_parts(args, seed=args.seed), "compare")
-    table = "\n".join(comparison(results))
-    if rank() == 0:
-        with fineweb.atomic_write(folder / "table.md", "w") as file:
-            file.write(table + "\n")
-    print(f"\n{table}\n\n{folder} has table.md and curves.png")
-
-
-def compare_bridges(args, setup):
-    """{bridge: its numbers} for one seed, also of the map in words."""
+    """Train and score all bridges under one budget: a table and a chart in a folder of its own."""
+    setup = open_setup(choose_setup(args, args.seed))
+    folder = run_folder(args, setup, "compare")
     columns = {}
     curves = {}
     for name in BRIDGES:
         out = run_folder(args, setup, name)
-        run = train(name, setup, out, train_gpt2.recipe_flags(args), args.restart)
+        run = train(name, setup, out, train_gpt2.recipe_flags(args))
         curves[name] = train_gpt2.curve(run.rows, "val_val")
         columns[name] = evaluate(out, setup) | {"seconds": run.seconds}
     pictures = load_pictures(setup, "val").pictures
     if setup.tokenizer.name == "tiny" and all(picture["scene"] for picture in pictures):
         columns["map in words"] = map_facts(setup, pictures)
+    table = "\n".join(comparison(columns))
     if rank() == 0:
-        path = run_folder(args, setup, "compare") / "curves.png"
-        train_gpt2.draw_curves(path, {"validation loss, nats per token": curves})
-    return columns
+        with fineweb.atomic_write(folder / "table.md", "w") as file:
+            file.write(table + "\n")
+        train_gpt2.draw_chart(folder / "curves.png", "validation loss, nats per token", curves)
+    print(f"\n{table}\n\n{folder} has table.md and curves.png")
 
 
-def comparison(results):
-    """The lines of --compare's table; several results (seeds) give a mean and the extremes."""
-    names = list(results[0])
-    yield f"| | {' | '.join(names)} |"
-    yield "|---" * (len(names) + 1) + "|"
+def comparison(columns):
+    """The lines of --compare's table."""
+    yield f"| | {' | '.join(columns)} |"
+    yield "|---" * (len(columns) + 1) + "|"
     losses = dict.fromkeys(("nats per caption", "shuffled", "CIDEr", "METEOR"), ".3f")
     facts = [*coco_eval.FACTS, "captions true", "objects, unseen pairs", "objects, shuffled"]
     rows = {"parameters": ",.0f"} | losses | dict.fromkeys(facts, ".2f") | {"seconds": ".0f"}
     for key, form in rows.items():
-        cells = []
-        for name in names:
-            values = [result[name][key] for result in results if key in result[name]]
-            cells.append(format(np.mean(values), form) if values else "")
-            if len({format(value, form) for value in values}) > 1:
-                cells[-1] += f" ({min(values):{form}}-{max(values):{form}})"
+        cells = [format(row[key], form) if key in row else "" for row in columns.values()]
         if any(cells):
             yield f"| {key} | {' | '.join(cells)} |"
 
@@ -889,8 +900,28 @@ def comparison(results):
 # What each word looks at (Xu et al. 2015, figure 2)
 
 
+@contextlib.contextmanager
+def recorded_attention():
+    """Within this context attention() is its plain form, which keeps its weights in this list."""
+    weights = []
+    usual = train_gpt2.attention
+
+    def attention(q, k, v, mask=None, is_causal=False):
+        with torch.autocast(q.device.type, enabled=False):
+            scores = q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.size(-1))
+        scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
+        weights.append(scores.softmax(dim=-1))  # (B, nh, queries, keys)
+        return usual(q, k, v, mask, is_causal)
+
+    train_gpt2.attention = attention
+    try:
+        yield weights
+    finally:
+        train_gpt2.attention = usual
+
+
 @torch.no_grad()
-def look(captioner, vision, text, tokenizer):
+def word_attention(captioner, vision, text, tokenizer):
     """(the words of a caption, how much each sees of the vision tokens: (words, S)).
 
     It is the attention where a word is predicted, the mean over heads and layers, in a pass over
@@ -898,13 +929,9 @@ def look(captioner, vision, text, tokenizer):
     """
     ids = tokenizer.encode_ordinary(text)[: captioner.room]
     packed = captioner.pack([[[*ids, captioner.eot]]]).to(vision.device)
-    train_gpt2.recorded = weights = []
-    try:
-        with autocast(vision.device):
-            captioner.loss(vision, packed)
-    finally:
-        train_gpt2.recorded = None
-    weights = [layer.float().mean((0, 1)) for layer in weights]  # each (queries, keys)
+    with autocast(vision.device), recorded_attention() as weights:
+        captioner.predict(vision, packed)
+    weights = [layer.mean((0, 1)) for layer in weights]  # each (queries, keys)
     n_layer = len(captioner.decoder.h)
     if isinstance(captioner.bridge, CrossAttentionBridge):
         seen = torch.stack(weights[::2]).mean(0)  # (P + T, S), before each block's own
@@ -919,9 +946,9 @@ def look(captioner, vision, text, tokenizer):
     return words, [part.mean(0) for part in np.split(seen, starts)]
 
 
-def draw_attention(path, picture, words, seen):
+def draw_attention(path, image, words, seen):
     """The picture once for each word, light where it looks, with the share of the class token."""
-    image = ImageOps.fit(coco_eval.load_image(picture), (160, 160))  # the square that CLIP sees
+    image = ImageOps.fit(image, (160, 160))  # the square that CLIP sees
     dark = Image.blend(image, Image.new("RGB", image.size), 0.5)
     white = Image.new("RGB", image.size, "white")
     cells = []
@@ -936,175 +963,152 @@ def draw_attention(path, picture, words, seen):
 # -----------------------------------------------------------------------------
 # Your own pictures
 
-PICTURE_SUFFIXES = ".jpg .jpeg .jfif .png .gif .webp .avif .bmp .tif .tiff".split()
+BATCH = 32  # pictures that go through CLIP at once
 
 
 def find_pictures(names):
-    """The paths of files, of the pictures in folders, and of addresses, which are downloaded."""
-    paths = []
+    """Files, what Pillow can open in folders and their subfolders, and addresses as they are."""
+    Image.init()
+    kinds = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    found = []
     for name in names:
         if name.startswith(("https://", "http://")):
-            file = hashlib.sha256(name.encode()).hexdigest()[:8] + Path(name.split("?")[0]).suffix
-            path = Path("data/pictures") / file
-            with train_gpt2.rank_zero_first():
-                name = fineweb.download(name, path, anew=rank() == 0)  # it may have changed
-        name = Path(name)
-        inside = [name]
-        if not name.exists():
+            found.append(name)
+            continue
+        path = Path(name)
+        if not path.exists():
             raise UserError(f"{name} is not there", "check the path")
-        if name.is_dir():
-            inside = [path for path in sorted(name.iterdir())
-                      if path.suffix.lower() in PICTURE_SUFFIXES]
-        if not inside:
-            kinds = " ".join(PICTURE_SUFFIXES)
-            raise UserError(f"{name} has no pictures ({kinds})", "name another folder")
-        paths += inside
-    return paths
+        files = [path]
+        if path.is_dir():
+            inside = [file for file in sorted(path.rglob("[!.]*")) if file.is_file()]
+            files = [file for file in inside if file.suffix.lower() in kinds]
+            print(f"{name}: {len(files)} pictures, {len(inside) - len(files)} other files")
+        found += files
+    if not found:
+        raise UserError(f"{names[0]} has no pictures that Pillow can open", "name another folder")
+    return found
+
+
+def read_picture(name):
+    """The picture in a file, or at an address, which is downloaded and kept nowhere."""
+    if not str(name).startswith(("https://", "http://")):
+        return coco_eval.load_image(name)
+    answer = requests.get(name, timeout=30)
+    answer.raise_for_status()
+    return coco_eval.load_image(io.BytesIO(answer.content), name)
 
 
 def sample(args):
     """Caption your own pictures with the best bridge of a run, training first what is missing."""
-    paths = find_pictures(args.sample)
-    if args.attention and len(paths) > 1:
+    fineweb.refuse_existing(args.grid, args.attention)
+    names = find_pictures(args.sample)
+    if args.attention and len(names) > 1:
         raise UserError("--attention draws one picture", "name only one")
-    for file in filter(None, (args.grid, args.results, args.attention)):
-        if Path(file).is_dir() or Path(file).resolve() in [path.resolve() for path in paths]:
-            raise UserError(f"{file} cannot be written to", "name another file")
-    if len(paths) == 1:
-        coco_eval.load_image(paths[0])  # fails here, before anything is trained
-    bridge, setup = trained_captioner(args)
-    captioner = load_captioner(bridge, setup)
+    if len(names) == 1:
+        read_picture(names[0])  # fails here, before anything is trained
+    captioner, setup = trained_captioner(args)
     options = {"beams": args.beam or 1}
-    if args.num or args.temperature is not None or args.top_p:
+    if args.num or args.temperature is not None:
         options = {
             "temperature": 0.8 if args.temperature is None else args.temperature,
-            "top_p": args.top_p or 0.9,
+            "top_p": 0.9,
             "generator": torch.Generator(pick_device()).manual_seed(args.seed),
         }
-    captions = {}
-    for path, texts in caption_pictures(captioner, setup, paths, args.num or 1, options):
+    cells = []
+    for name, image, texts in caption_pictures(captioner, setup, names, args.num or 1, options):
         for text in texts:
-            print(f"{path}: {text}")
-        captions[path] = texts[0]
-    if not captions:
+            print(f"{name}: {text}", flush=True)
+        cells.append((ImageOps.pad(image, (256, 256), color="white"), texts[0]))
+    if not cells:
         raise UserError("none of these pictures can be read", "name others")
     if args.grid:
-        draw_grid(args.grid, captions.items())
+        draw_grid(args.grid, cells)
         print(f"{args.grid} has the pictures with their captions")
-    if args.attention and not captions[paths[0]]:
+    if args.attention and not texts[0]:
         raise UserError("the caption is empty", "there is no word whose attention could be drawn")
     if args.attention:
-        vision = pool_tokens(setup.encoder(setup.encoder.prepare(paths[0])[None]))
-        words, seen = look(captioner, vision, captions[paths[0]], setup.tokenizer)
-        draw_attention(args.attention, paths[0], words, seen)
+        vision = pool_tokens(setup.encoder(setup.encoder.preprocess(image)[None]))
+        draw_attention(
+            args.attention, image, *word_attention(captioner, vision, texts[0], setup.tokenizer))
         print(f"{args.attention} has what each word looks at, and the share of the class token")
-    if args.results:
-        results = [{"image_id": str(path), "caption": text} for path, text in captions.items()]
-        fineweb.write_json(args.results, results)
-        print(f"{args.results} has the captions")
 
 
-def caption_pictures(captioner, setup, paths, num, options):
-    """Yield (path, its captions) for pictures that can be read, in order; threads read ahead."""
-
-    def get_batch(i):
+def caption_pictures(captioner, setup, names, num, options):
+    """Yield (name, picture, its captions) for pictures that can be read, in order."""
+    for i in range(0, len(names), BATCH):
         batch = []
-        for path in paths[i * CLIP_BATCH : (i + 1) * CLIP_BATCH]:
+        for name in names[i : i + BATCH]:
             try:
-                batch.append((path, setup.encoder.prepare(path)))
-            except UserError as error:
-                tqdm.write(f"error: {error}", file=sys.stderr)
-        return batch
-
-    for _, batch in train_gpt2.prefetch(get_batch, 0, math.ceil(len(paths) / CLIP_BATCH), ahead=2):
+                batch.append((name, read_picture(name)))
+            except (UserError, requests.RequestException) as error:
+                print(error, file=sys.stderr)
         if batch:
-            vision = pool_tokens(setup.encoder(torch.stack([image for _, image in batch])))
-            size = max(1, len(batch) // num)  # pictures whose captions are written at once
-            texts = []
-            for part in vision.split(size):
-                part = part.repeat_interleave(num, 0)  # (pictures * num, S, D)
-                texts += write_captions(captioner, part, setup.tokenizer, **options)
-            for k, (path, _) in enumerate(batch):
-                yield path, texts[k * num : (k + 1) * num]
+            images = torch.stack([setup.encoder.preprocess(image) for _, image in batch])
+            vision = pool_tokens(setup.encoder(images)).repeat_interleave(num, 0)
+            texts = write_captions(captioner, vision, setup.tokenizer, **options)
+            for k, (name, image) in enumerate(batch):
+                yield name, image, texts[k * num : (k + 1) * num]
 
 
 def trained_captioner(args):
-    """(file of a bridge, Setup) for the flags: --ckpt, or a run, which is trained if it must be."""
+    """(captioner, setup) for the flags: of --ckpt, or of a run, which is trained if it must be."""
     if args.ckpt:
-        parts = choose_parts(args, run=read_bridge(args.ckpt)[0])
-        return args.ckpt, open_setup(parts, needs_pictures=False)
-    out, parts, base = choose_run(args, seed=0)
+        file = Path(args.ckpt)
+        file = file / "best.safetensors" if file.is_dir() else file
+        setup = open_setup(choose_setup(args, about=read_bridge(file)[0]), make=False)
+        return load_captioner(file, setup), setup
+    out, names, base = choose_run(args, seed=0)
     flags = train_gpt2.recipe_flags(args)
-    is_missing = args.restart or flags or not train_gpt2.is_finished(out / "ckpt.pt")
-    base = trained_bridge(base) if base and is_missing else None
-    setup = open_setup(parts, needs_pictures=is_missing)
-    if is_missing:
+    missing = not train_gpt2.is_finished(out)
+    if base and missing:
+        require_trained(base)
+    setup = open_setup(names)
+    if missing:
         print(f"missing    the bridge: training {args.bridge}")
-        train(args.bridge, setup, out, flags, args.restart, base)
+        train_bridge(args.bridge, setup, out, flags, base)
         evaluate(out, setup)
-    return out / "best.pt", setup
-
-
-def load_captioner(path, setup):
-    """The Captioner of a bridge's file; UserError if its decoder or CLIP was another."""
-    run, tensors = read_bridge(path)
-    here = {"lm": setup.decoder_digest, "clip": setup.encoder.digest}
-    for part, digest in here.items():
-        if run[f"{part}_digest"] != digest:
-            problem = f"{path} was trained with other weights of --{part} (from {run[part]})"
-            raise UserError(problem, "name those, or train the bridge anew (--restart)")
-    captioner = build(run["bridge"], run["S"], run["D"], setup.decoder)
-    with fineweb.reading(path, "a bridge of this version", RuntimeError, what_to_do="train anew"):
-        captioner.bridge.load_state_dict(tensors)
-    return captioner.eval().to(pick_device())
+    elif flags:
+        print(f"{out} is trained: flags of training are not used")
+    return load_captioner(out / "best.safetensors", setup), setup
 
 
 def read_bridge(path):
-    """(what a bridge needs: decoder, CLIP ..., its tensors), from a checkpoint or an export."""
-    if Path(path).suffix != ".safetensors":
-        checkpoint = train_gpt2.read_checkpoint(path)
-        run, tensors = checkpoint["run"], checkpoint["model"]
-    else:
-        what = "a bridge that --export wrote"
-        with fineweb.reading(path, what, SafetensorError, FileNotFoundError):
-            with safe_open(path, "pt") as file:
-                run = dict(json.loads(file.metadata()["run"]))
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-    needed = {"bridge", "toy", "seed", "lm", "lm_digest", "clip", "clip_digest", "S", "D"}
-    if not needed <= run.keys() or run["bridge"] not in BRIDGES:
-        raise UserError(f"{path} is not a bridge of this version", "name another, or --restart")
-    if not all(type(run[key]) is int and 0 < run[key] < 10**5 for key in ("S", "D")):
-        raise UserError(f"{path} has impossible sizes", "get it again")
-    return run, tensors
+    """(what a bridge's file says of itself, its tensors)."""
+    if not Path(path).exists():
+        raise UserError(f"{path} is not there", "train the bridge to its end, or name another")
+    about, tensors = train_gpt2.read_weights(path)
+    if about.get("bridge") not in BRIDGES:
+        raise UserError(f"{path} is not a bridge of this version", "name another")
+    return about, tensors
 
 
-def export(args):
-    """Write a trained bridge alone as a safetensors file, with what it needs in its metadata."""
-    path = Path(args.export.removesuffix(".safetensors") + ".safetensors")
-    if args.export.endswith("/") or Path(args.export).is_dir():
-        raise UserError(f"{args.export} is a folder", "name a file")
-    run, tensors = read_bridge(trained_bridge(choose_run(args, args.seed)[0]))
-    run.pop("data", None)  # nobody else has this folder
-    with fineweb.atomic_write(path) as file:
-        file.write(save(tensors, metadata={"run": json.dumps(run)}))
-    name = shlex.quote(str(path))
-    print(f"{path} has the bridge: python caption.py --ckpt {name} --sample img.jpg")
+def load_captioner(path, setup):
+    """The Captioner of a bridge's file; UserError if its decoder, CLIP or pictures were others."""
+    about, tensors = read_bridge(path)
+    here = {"lm": setup.lm_digest, "clip": setup.encoder.digest}
+    for flag, digest in here.items():
+        if about[f"{flag}_digest"] != digest:
+            problem = f"{path} was trained with other weights of --{flag} (from {about[flag]})"
+            raise UserError(problem, "name those, or train a bridge in another --out")
+    captioner = build(about["bridge"], about["S"], about["D"], setup.decoder)
+    captioner.bridge.load_state_dict(tensors)
+    print(f"bridge     {path}, step {about['step']:,}")
+    return captioner.eval().to(pick_device())
 
 
 # -----------------------------------------------------------------------------
 # Vision tokens on disk. CLIP never changes, so each picture goes through it once
 
-CLIP_BATCH = 64
-
 
 def load_pictures(setup, split):
     """The PictureSet of a split, without the pictures that cannot be read."""
-    pictures = coco_eval.read_dataset(setup.data, split)
-    with train_gpt2.rank_zero_first():
-        features, left_out = cached_features(setup.encoder, pictures, setup.data.name)
-    rows = np.setdiff1d(np.arange(len(pictures)), left_out)
-    if len(left_out):
-        print(f"left out   {len(left_out)} of {len(pictures)} pictures ({split}) cannot be read")
+    pictures = coco_eval.read_dataset(setup.data, split, setup.karpathy)
+    with train_gpt2.first_of_node_first():
+        features = cached_features(setup.encoder, pictures, setup.data, split, setup.karpathy)
+    rows = np.flatnonzero(~np.isnan(features[:, 0, 0]))
+    if len(rows) < len(pictures):
+        print(f"left out   {len(pictures) - len(rows)} of {len(pictures)} pictures ({split}): "
+              "they cannot be read")
     if not len(rows):
         raise UserError(f"no picture of {setup.data} ({split}) can be read", "check the folder")
     pictures = [pictures[i] for i in rows]
@@ -1118,76 +1122,62 @@ def load_pictures(setup, split):
     return PictureSet(pictures, captions, features, rows)
 
 
-def cached_features(encoder, pictures, name):
-    """(vision tokens (pictures, S, D) as a memory map of float16, indices of unreadable pictures).
+def cached_features(encoder, pictures, folder, split, karpathy=False):
+    """Vision tokens (pictures, S, D) as a memory map of float16; NaN where one cannot be read.
 
-    The file is named after a digest of CLIP, the precision and the pictures (path, size, time of
-    change). An interrupted pass resumes with its last whole batch. A picture that cannot be read is
-    NaN; it is listed beside the file, and tried again each time.
+    There is one file for a folder, split, CLIP and precision. Beside it stands a digest of the
+    pictures (name, size, time of change): where that differs, it is made again. An interrupted pass
+    resumes with its last whole batch. A picture replaced by one of the same size and time goes
+    unnoticed.
     """
     precision = "bf16" if train_gpt2.uses_bf16(pick_device()) else "fp32"
-    digest = hashlib.sha256(f"{encoder.digest} {precision} 4x8".encode())
+    key = f"{folder.resolve()} {karpathy} {encoder.digest} {precision}"
+    key = hashlib.sha256(key.encode(errors="replace")).hexdigest()[:16]
+    path = Path("data/features") / f"{folder.resolve().name}-{split}-{key}.bin"
+    digest = hashlib.sha256()
     for picture in pictures:
-        path = os.path.abspath(picture["path"])
         change = None
-        if os.path.exists(path):  # which has no quarrel with odd names
-            change = (os.stat(path).st_size, os.stat(path).st_mtime_ns)
-        digest.update(f"{picture['id']} {path} {change}\n".encode("utf-8", "surrogatepass"))
-    path = Path("data/features") / f"{name}-{digest.hexdigest()[:16]}.bin"
+        if picture["path"].exists():
+            change = (picture["path"].stat().st_size, picture["path"].stat().st_mtime_ns)
+        digest.update(f"{picture['path'].name} {change}\n".encode(errors="replace"))
+    digest = digest.hexdigest()
+    digest_file = path.with_suffix(".sha256")
     shape = (len(pictures), 33, encoder.visual.transformer.width)
-    list_file = path.with_suffix(".json")  # of what was left out
-    whole = path.exists() and path.stat().st_size == 2 * math.prod(shape)
-    if not whole:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(path.with_suffix(".lock")):  # of two commands the second one waits
+        if not digest_file.exists() or digest_file.read_text() != digest:
+            path.unlink(missing_ok=True)
+            digest_file.write_text(digest)
         encode_pictures(encoder, pictures, path, shape)
-    features = np.memmap(path, np.float16, "r+", shape=shape)
-    if whole and list_file.exists():
-        left_out = json.loads(list_file.read_bytes())
-        for i in left_out:
-            image = prepared(encoder, pictures[i])[None]
-            if not image.isnan().any():
-                features[i] = encode(encoder, image)[0]
-        left_out = [i for i in left_out if np.isnan(features[i, 0, 0])]
-    else:
-        left_out = np.flatnonzero(np.isnan(features[:, 0, 0])).tolist()
-    fineweb.write_json(list_file, left_out)
-    return features, left_out
-
-
-def encode(encoder, images):
-    """Vision tokens (B, S, D), float16, of prepared pictures."""
-    return pool_tokens(encoder(images)).cpu().numpy().astype(np.float16)
+    return np.memmap(path, np.float16, "r", shape=shape)
 
 
 def encode_pictures(encoder, pictures, path, shape):
-    """Send pictures through CLIP, batch by batch, to a file that appears when it is whole."""
+    """Send pictures through CLIP, batch by batch, to the end of a file."""
 
     def get_batch(i):
-        batch = pictures[i * CLIP_BATCH : (i + 1) * CLIP_BATCH]
-        return torch.stack([prepared(encoder, picture) for picture in batch])
+        return [prepared(encoder, picture) for picture in pictures[i * BATCH : (i + 1) * BATCH]]
 
-    part = path.with_suffix(".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    part.touch()
-    batch_bytes = 2 * CLIP_BATCH * shape[1] * shape[2]
-    with fineweb.lock(part), open(part, "ab") as file:
+    with open(path, "ab") as file:
+        batch_bytes = 2 * BATCH * shape[1] * shape[2]
+        if file.tell() == 2 * math.prod(shape):
+            return
         done = file.tell() // batch_bytes
         file.truncate(done * batch_bytes)
-        batches = math.ceil(len(pictures) / CLIP_BATCH)
+        batches = math.ceil(len(pictures) / BATCH)
         loader = train_gpt2.prefetch(get_batch, done, batches, min(os.cpu_count(), 16))
-        bar = tqdm(loader, "vision tokens", initial=done, total=batches, unit_scale=CLIP_BATCH,
-                   unit=" pictures", disable=None)
-        for _, batch in bar:
-            file.write(encode(encoder, batch).tobytes())
-        file.flush()
-        os.replace(part, path)
+        for _, batch in tqdm(loader, "vision tokens", initial=done, total=batches,
+                             unit_scale=BATCH, unit=" pictures", disable=None):
+            tokens = pool_tokens(encoder(torch.stack(batch)))  # (B, S, D)
+            file.write(tokens.cpu().numpy().astype(np.float16).tobytes())
 
 
 def prepared(encoder, picture):
     """A picture as CLIP wants it, (3, H, W); NaN, and a line that says why, if it is broken."""
     try:
-        return encoder.prepare(picture["path"])
+        return encoder.preprocess(coco_eval.load_image(picture["path"]))
     except UserError as error:
-        tqdm.write(f"left out: {error}")
+        tqdm.write(f"left out: {error}", file=sys.stderr)
         return torch.full_like(encoder.preprocess(Image.new("RGB", (8, 8))), math.nan)
 
 
@@ -1205,120 +1195,83 @@ TOY_CLIP = {
 }
 
 
-@dataclass(frozen=True)
-class Parts:
-    """Which frozen parts and pictures the command line, or a run, asks for."""
-
-    toy: bool
-    data: Path
-    lm: str  # as train_gpt2.py --ckpt names it
-    clip: str  # our own checkpoint, or open_clip's NAME/TAG or NAME/FILE
-    seed: int  # in the toy setup also that of the decoder and of CLIP
-
-
-@dataclass(frozen=True)
-class Setup(Parts):
-    """The frozen parts, loaded."""
-
-    encoder: ImageEncoder
-    decoder: train_gpt2.GPT
-    tokenizer: object
-    decoder_digest: str
-
-
-def choose_parts(args, seed=0, run=None):
-    """The Parts for the flags, or else those of the bridge whose `run` is given.
-
-    UserError, before anything is loaded, for a flag that names another part than the run has. What
-    lies on this disk may be the same under another name: load_captioner() looks.
-    """
+def choose_setup(args, seed=0, about=None):
+    """The names of a Setup: by flag, else what a bridge says of itself (about), else usual."""
+    about = about or {}
     has_gpu = pick_device().type == "cuda"
-    toy = not args.data and not (has_gpu and Path("data/coco").exists())
-    suffix = f"-{seed}" if seed else ""
-    if run:
-        given = {"seed": seed, "bridge": args.bridge, "lm": args.lm, "clip": args.clip}
-        for flag, value in given.items():
-            if not value or value == run[flag]:
-                continue
-            on_disk = Path(str(value)).exists() or Path(str(value).partition("/")[2]).is_file()
-            if not (on_disk and flag in ("lm", "clip")):
-                problem = f"the bridge was trained with --{flag} {run[flag]}, not {value}"
-                raise UserError(problem, "leave the flag out, or choose another --out")
-        toy, seed = run["toy"], run["seed"]
-        lm, clip = run["lm"], run["clip"]
-    elif toy:
-        lm, clip = f"runs/tiny{suffix}/ckpt.pt", f"runs/toy-clip{suffix}/ckpt.pt"
+    toy = about.get("toy", not args.data and not (has_gpu and Path("data/coco").exists()))
+    seed = seed or about.get("seed", 0)
+    if toy:
+        lm, clip = toy_parts(seed)
     else:
-        lm = "runs/gpt2/ckpt.pt" if train_gpt2.is_finished("runs/gpt2/ckpt.pt") else "gpt2"
+        lm = "runs/gpt2" if train_gpt2.is_finished("runs/gpt2") else "gpt2"
         clip = CLIP_FOR_GPU if has_gpu else CLIP_FOR_CPU
-    usual = "data/shapes" if toy else "data/coco"
-    data = Path(args.data or (run or {}).get("data", usual))
-    return Parts(toy, data, args.lm or lm, args.clip or clip, seed)
+    usual = {"data": "data/shapes" if toy else "data/coco", "lm": lm, "clip": clip}
+    given = {key: getattr(args, key) for key in usual if getattr(args, key)}
+    names = {key: given.get(key, about.get(key, usual[key])) for key in usual}
+    karpathy = args.karpathy or about.get("karpathy", False)
+    return Setup(toy, Path(names["data"]), names["lm"], names["clip"], seed, karpathy)
 
 
-def open_setup(parts, needs_pictures=True):
-    """Load the frozen parts; in the toy setup what is missing is made."""
-    if parts.toy:
-        make_toy_parts(parts)
-    else:
-        if needs_pictures:
-            coco_eval.find_layout(parts.data, "val")  # or an error, before all is downloaded
-        print(f"setup      decoder {parts.lm}, pictures {parts.data}, CLIP {parts.clip}")
-        if parts.clip == CLIP_FOR_CPU and pick_device().type == "cpu":
-            print(f"           (there is no GPU: {CLIP_FOR_GPU} is 18 times as much work)")
-    with train_gpt2.rank_zero_first():
-        decoder, tokenizer, _ = train_gpt2.load_model(parts.lm)
-        decoder_digest = fingerprint(decoder)
-        encoder = load_clip(parts.clip)
-    train_gpt2.freeze(decoder, pick_device())
-    return Setup(*vars(parts).values(), encoder, decoder, tokenizer, decoder_digest)
+def open_setup(names, make=True):
+    """Load the frozen parts that a Setup names; in the toy setup what is missing is made."""
+    if make and names.toy:
+        make_toy_parts(names)
+    elif make:
+        coco_eval.find_layout(names.data, "val")  # or an error, before anything is downloaded
+    print(f"setup      decoder {names.lm}, pictures {names.data}, CLIP {names.clip}")
+    if names.clip == CLIP_FOR_CPU and pick_device().type == "cpu":
+        print(f"           (there is no GPU: {CLIP_FOR_GPU} is 18 times as much work)")
+    with train_gpt2.first_of_node_first():
+        try:
+            decoder, tokenizer = train_gpt2.load_model(names.lm)
+        except UserError as error:
+            raise UserError(f"--lm {names.lm}: {error.problem}", "name the decoder") from error
+        lm_digest = train_gpt2.fingerprint(decoder)
+        encoder = load_clip(names.clip)
+    decoder = train_gpt2.freeze(decoder, pick_device())
+    parts = {"encoder": encoder, "tokenizer": tokenizer, "lm_digest": lm_digest}
+    return replace(names, decoder=decoder, **parts)
 
 
-def make_toy_parts(parts):
+def toy_parts(seed):
+    """Where the toy decoder and CLIP of a seed are."""
+    suffix = f"-{seed}" if seed else ""
+    return f"runs/tiny{suffix}", f"runs/toy-clip{suffix}.safetensors"
+
+
+def make_toy_parts(names):
     """Train the toy decoder and CLIP, and draw the pictures, where they are missing."""
     print("setup      toy: its bridges know colored shapes only. For photographs on a laptop:")
     print("           python coco_eval.py --download --val-only   (1.1 GB)")
     print("           python caption.py --data data/coco --bridge linear --sample img.jpg")
-    suffix = f"-{parts.seed}" if parts.seed else ""
-    out = f"runs/tiny{suffix}"
-    if parts.lm == f"{out}/ckpt.pt" and not train_gpt2.is_finished(parts.lm):
-        print(f"missing    the decoder: python train_gpt2.py --preset tiny --out {out}")
-        data = train_gpt2.default_data("tiny")
-        with train_gpt2.rank_zero_first():
+    lm, clip = toy_parts(names.seed)
+    if names.lm == lm and not train_gpt2.is_finished(names.lm):
+        print(f"missing    the decoder: python train_gpt2.py --preset tiny --out {names.lm}")
+        data = Path("data/toy")
+        with train_gpt2.first_of_node_first():
             fineweb.make_toy_text(data)
-        try:
-            train_gpt2.train("tiny", data, out, train_gpt2.RECIPES["tiny"], parts.seed)
-        except UserError as error:
-            raise UserError(f"the decoder: {error.args[0]}", f"finish or remove {out}") from error
-    with train_gpt2.rank_zero_first():
-        if parts.data == Path("data/shapes") and not (parts.data / "unseen").exists():
-            print(f"missing    the pictures: drawing them in {parts.data}")
-            coco_eval.make_shapes(parts.data)
-        if parts.clip == f"runs/toy-clip{suffix}/ckpt.pt" and not Path(parts.clip).exists():
+        train_gpt2.train("tiny", data, names.lm, train_gpt2.RECIPES["tiny"], names.seed)
+    with train_gpt2.first_of_node_first():
+        if names.data == Path("data/shapes") and not names.data.exists():
+            print(f"missing    the pictures: drawing them in {names.data}")
+            coco_eval.make_shapes(names.data)
+        if names.clip == clip and not Path(names.clip).exists():
             print("missing    the image encoder: a tiny CLIP on these pictures")
-            train_clip(parts.data, parts.clip, parts.seed)
-
-
-def fingerprint(module):
-    """A short digest of a module's weights, from the first numbers of each tensor."""
-    digest = hashlib.sha256()
-    for name, t in module.state_dict().items():
-        sample = t.flatten()[:16].float().cpu().numpy().tobytes()
-        digest.update(f"{name} {tuple(t.shape)}".encode() + sample)
-    return digest.hexdigest()[:16]
+            train_clip(names.data, names.clip, names.seed)
 
 
 def load_clip(which):
-    """The ImageEncoder of our own checkpoint, or of open_clip: NAME/TAG or NAME/FILE.
+    """The ImageEncoder of our own file, or of open_clip: NAME/TAG or NAME/FILE.
 
     Its digest is that of the weights, the activation and the preprocessing.
     """
     import open_clip  # here, because it takes five seconds
 
-    if Path(which).suffix == ".pt" and Path(which).exists():
-        checkpoint = train_gpt2.read_checkpoint(which, holds="clip")
-        model = open_clip.CLIP(**checkpoint["clip"])
-        model.load_state_dict(checkpoint["model"])
+    if Path(which).is_file():
+        about, tensors = train_gpt2.read_weights(which)
+        model = open_clip.CLIP(**about.get("clip", TOY_CLIP))
+        model.load_state_dict(tensors)
         preprocess = open_clip.image_transform(model.visual.image_size, is_train=False)
     else:
         name, _, tag = str(which).partition("/")
@@ -1330,6 +1283,8 @@ def load_clip(which):
             published = open_clip.get_pretrained_cfg(name, tags[0])
             for key in ("mean", "std", "interpolation", "resize_mode"):
                 options[f"image_{key}"] = published.get(key)
+            if f"{name}-quickgelu" in open_clip.list_models():
+                print(f"note       {name} has GELU; weights of OpenAI's want {name}-quickgelu")
         try:
             model, _, preprocess = open_clip.create_model_and_transforms(name, **options)
         except Exception as error:  # the hub's client and torch.load raise many kinds
@@ -1341,9 +1296,22 @@ def load_clip(which):
     kinds = {type(module).__name__ for module in model.visual.modules()}
     activation = sorted(kind for kind in kinds if "GELU" in kind)
     preprocessing = sorted(open_clip.get_model_preprocess_cfg(model).items())
-    identity = f"{fingerprint(model.visual)} {activation} {preprocessing}"
+    identity = f"{train_gpt2.fingerprint(model.visual)} {activation} {preprocessing}"
     digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    return ImageEncoder(model.visual, preprocess, digest)
+    return ImageEncoder(time_first(model.visual), preprocess, digest)
+
+
+def time_first(visual):
+    """The same transformer, computed on (T, B, C) inside.
+
+    PyTorch's attention on (B, T, C) copies its weights for each token: 40 times slower in bf16 on a
+    CPU.
+    """
+    blocks = visual.transformer.resblocks
+    if all(isinstance(block.attn, nn.MultiheadAttention) for block in blocks):
+        for module in (visual.transformer, *(block.attn for block in blocks)):
+            module.batch_first = False
+    return visual
 
 
 def train_clip(data, path, seed=0):
@@ -1388,7 +1356,7 @@ def train_clip(data, path, seed=0):
         optimizer.zero_grad()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
-    train_gpt2.save_checkpoint(path, {"clip": TOY_CLIP, "model": model.state_dict()})
+    train_gpt2.save_weights(path, model, {"clip": TOY_CLIP})
 
 
 def similar_pictures(colors, seed, step, batch_size, group=8):
@@ -1407,7 +1375,7 @@ def clip_texts(captions):
 
     CLIP reads a text at its largest id, which is <|endoftext|>.
     """
-    tokenizer = fineweb.get_tokenizer("tiny")
+    tokenizer = fineweb.get_tokenizer(fineweb.TOY_VOCAB)
     begin = tokenizer.eot_token - 1  # " .", which no caption has
     rows = []
     for words in captions:  # 21 tokens at most
@@ -1445,55 +1413,86 @@ def choose_recipe(name, setup, pictures, flags, scst=False):
     return train_gpt2.with_flags(recipe, flags)
 
 
-def run_identity(name, setup, train_set, recipe, base=None):
-    """What has to stay the same when a run is continued, and what its bridge needs to be used."""
+def open_run(name, setup, out, bridge, train_set, recipe, base=None):
+    """The Run of a bridge. base: the file of the bridge from which self-critical training began."""
     S, D = train_set.features.shape[1:]
-    identity = {
-        "toy": setup.toy,
+    about = {  # what one has to know to use it
         "bridge": name,
         "S": S,
         "D": D,
-        "captions": hashlib.sha256(json.dumps(train_set.captions).encode()).hexdigest()[:16],
-        "lm_digest": setup.decoder_digest,
-        "clip_digest": setup.encoder.digest,
+        "toy": setup.toy,
         "seed": setup.seed,
-        "batch_size": recipe.batch_size,
+        "data": str(setup.data),
+        "karpathy": setup.karpathy,
+        "pictures": pictures_digest(train_set.pictures),
+        "lm": setup.lm,
+        "lm_digest": setup.lm_digest,
+        "clip": setup.clip,
+        "clip_digest": setup.encoder.digest,
     }
-    return identity | ({"base": fingerprint(base)} if base else {})
+    identity = {
+        "bridge": name,
+        "seed": setup.seed,
+        "batch size": recipe.batch_size,
+        "optimizer": "Muon" if recipe.muon else "AdamW",
+        "digest of pictures or captions": about["pictures"],
+        "digest of weights of --lm": setup.lm_digest,
+        "digest of weights of --clip": setup.encoder.digest,
+        "digest of first weights": train_gpt2.fingerprint(bridge) if base else "",
+    }
+    optimizer = train_gpt2.configure_optimizer(bridge, recipe)
+    return Run(out, bridge, optimizer, recipe, identity, about,
+               began_trained=base is not None, unit="pictures")
 
 
-def run_folder(args, parts, name, scst=False):
+def pictures_digest(pictures):
+    """Tells sets of pictures apart: a hash of their names and captions."""
+    content = [[picture["path"].name, picture["captions"]] for picture in pictures]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def run_folder(args, setup, name, scst=False):
     """--out, or runs/<setup>-<bridge>[-<seed>], and -scst; --compare has a folder for each."""
-    suffix = f"-{parts.seed}" if parts.seed else ""
-    setup = "toy" if parts.toy else parts.data.resolve().name
-    out = Path(args.out or f"runs/{setup}-{name}{suffix}")
-    if not out.name:
-        raise UserError(f"--out {out} has no name", "name a folder in it")
+    suffix = f"-{setup.seed}" if setup.seed else ""
+    kind = "toy" if setup.toy else setup.data.resolve().name
+    kind += "-karpathy" if setup.karpathy else ""
+    out = Path(args.out or f"runs/{kind}-{name}{suffix}")
     if args.compare and args.out:
         out = out / f"{name}{suffix}"
     return out.with_name(f"{out.name}-scst") if scst else out
 
 
 def choose_run(args, seed):
-    """(folder, Parts, base) for the flags; the Parts are a run's own, unless it restarts.
+    """(folder, names of the Setup, folder from which --scst goes on, or None) for the flags.
 
-    base: the folder of the run from which --scst goes on, else None.
+    A bridge that is there names its parts. UserError if --data has other pictures or captions.
     """
-    parts = choose_parts(args, seed)
-    out = run_folder(args, parts, args.bridge, args.scst)
-    train_gpt2.refuse_other_files(out, "pictures")
-    base = run_folder(args, parts, args.bridge) if args.scst else None
-    bridge = (base or out) / "best.pt"
-    if bridge.exists() and (base or not args.restart):
-        parts = choose_parts(args, seed, read_bridge(bridge)[0])
-    return out, parts, base
+    names = choose_setup(args, seed)
+    out = run_folder(args, names, args.bridge, args.scst)
+    base = run_folder(args, names, args.bridge) if args.scst else None
+    file = (base or out) / "best.safetensors"
+    if file.exists():
+        about, _ = read_bridge(file)
+        names = choose_setup(args, seed, about)
+        if args.data and Path(args.data).resolve() != Path(about["data"]).resolve():
+            pictures = coco_eval.read_dataset(names.data, "train", names.karpathy)
+            if pictures_digest(pictures) != about["pictures"]:
+                problem = f"{file.parent} was trained on {about['data']}, not on {args.data}"
+                raise UserError(problem, "choose another --out")
+    return out, names, base
 
 
-def trained_bridge(folder):
-    """The best bridge of a run that has come to its end."""
-    if not train_gpt2.is_finished(folder / "ckpt.pt"):
+def require_trained(folder):
+    """UserError if a run has not come to its end."""
+    if not train_gpt2.is_finished(folder):
         raise UserError(f"{folder} has no trained bridge", "train it to its end first")
-    return folder / "best.pt"
+
+
+def train_bridge(name, setup, out, flags, base):
+    """train(), or, from the run in `base`, train_on_scores()."""
+    if base:
+        return train_on_scores(name, setup, out, flags, base / "best.safetensors")
+    return train(name, setup, out, flags)
 
 
 # -----------------------------------------------------------------------------
@@ -1502,7 +1501,7 @@ def trained_bridge(folder):
 
 def main():
     """The commands at the top of this file."""
-    parser = fineweb.ArgumentParser(__doc__)
+    parser = fineweb.make_parser(__doc__)
     positive = number(int, 1)
     group = parser.add_argument_group("what to do (default: train --bridge and score it)")
     group.add_argument("--bridge", choices=BRIDGES, help="how the picture gets into the decoder")
@@ -1510,10 +1509,10 @@ def main():
     task = group.add_mutually_exclusive_group()
     task.add_argument("--sample", nargs="+", metavar="PICTURE", help="files, folders, https://…")
     task.add_argument("--eval", action="store_true", help="score the bridge of a run")
-    task.add_argument("--export", metavar="FILE", help="write the bridge as FILE.safetensors")
     task.add_argument("--compare", action="store_true", help="train and score all bridges")
     parts = parser.add_argument_group("the frozen parts and the pictures")
     parts.add_argument("--data", metavar="DIR", help="pictures in COCO's layout (data/coco)")
+    parts.add_argument("--karpathy", action="store_true", help="COCO as Karpathy split it")
     parts.add_argument("--lm", metavar="CKPT", help="the decoder, as train_gpt2.py --ckpt names it")
     parts.add_argument("--clip", help=f"NAME/TAG or NAME/FILE ({CLIP_FOR_GPU} or, on a CPU, B-32)")
     training = parser.add_argument_group("training")
@@ -1521,49 +1520,39 @@ def main():
     training.add_argument("--batch", dest="batch_size", type=positive, help="pictures a step")
     training.add_argument("--micro-batch", type=positive, help="pictures at once, for less memory")
     training.add_argument("--lr", type=number(float, 0, 1), help="the highest learning rate")
-    training.add_argument("--restart", action="store_true", help="forget the run in the folder")
-    group = parser.add_argument_group("runs")
-    group.add_argument("--out", metavar="DIR", help="the run (default: runs/<setup>-<bridge>)")
-    group.add_argument("--seed", type=number(int, 0, 10**6), default=0, help="also of --num")
-    group.add_argument("--seeds", type=number(int, 1, 100), default=1, help="how many to --compare")
+    parser.add_argument("--out", metavar="DIR", help="the run (default: runs/<setup>-<bridge>)")
+    parser.add_argument("--seed", type=number(int, 0, 10**6), default=0, help="also of --num")
     captions = parser.add_argument_group("captions")
-    captions.add_argument("--ckpt", metavar="FILE", help="the bridge (default: best.pt of the run)")
+    captions.add_argument("--ckpt", metavar="FILE", help="the bridge (default: that of the run)")
     captions.add_argument("--beam", type=number(int, 2, 100), metavar="W", help="else greedy")
+    captions.add_argument("--num", type=number(int, 1, 1000), help="sampled ones for each picture")
+    captions.add_argument("--temperature", type=number(float, 0, 100), help="of these (0.8)")
     captions.add_argument("--grid", metavar="FILE", help="draw the pictures with their captions")
-    captions.add_argument("--results", metavar="FILE", help="write the captions as COCO's results")
     captions.add_argument("--attention", metavar="FILE", help="draw what each word looks at")
-    sampling = parser.add_argument_group("sampling, instead of the most probable caption")
-    sampling.add_argument("--num", type=number(int, 1, 1000), help="captions for each picture")
-    sampling.add_argument("--temperature", type=number(float, 0, 100), help="(0.8)")
-    sampling.add_argument("--top-p", type=number(float, 0.001, 1), help="(0.9)")
     args = parser.parse_args()
     if not args.bridge and not args.compare and not args.ckpt:
-        raise UserError("there is nothing to do", "give --bridge linear, --compare, or --ckpt")
+        parser.error("there is nothing to do: give --bridge linear, --compare, or --ckpt")
     train_gpt2.join_processes()
+    names = "data karpathy lm clip"
+    flags = f"{names} max_steps batch_size micro_batch lr out"
     if args.compare:
-        parser.only("--compare", "--out", "--seed", "--seeds", parts, training)
+        fineweb.only(parser, args, "--compare", f"{flags} seed")
         compare(args)
     elif args.sample:
-        groups = [captions] if args.beam else [captions, sampling]
-        if args.num or args.temperature is not None or args.top_p:
-            groups.append("--seed")
-        groups += ["--lm", "--clip"] if args.ckpt else [parts, training, "--scst", "--out"]
-        task = "--sample" + (" with --beam" if args.beam else "")
-        parser.only(task, "--bridge", *groups)
+        which = "ckpt lm clip" if args.ckpt else f"bridge scst {flags}"
+        how = "beam" if args.beam else "num temperature seed"
+        fineweb.only(parser, args, "--sample", f"{which} {how} grid attention")
         sample(args)
-    elif args.export:
-        parser.only("--export", "--bridge", "--scst", "--out", "--seed", parts)
-        export(args)
     else:
         what = "--eval" if args.eval else "training"
-        parser.only(what, "--beam", "--bridge", "--scst", "--out", "--seed", parts,
-                    *([] if args.eval else [training]))
-        out, chosen, base = choose_run(args, args.seed)
-        folder = out if args.eval else base
-        bridge = trained_bridge(folder) if folder else None  # or an error, before all is loaded
-        setup = open_setup(chosen)
+        flags = f"{names} out" if args.eval else flags
+        fineweb.only(parser, args, what, f"bridge scst beam seed {flags}")
+        out, names, base = choose_run(args, args.seed)
+        if args.eval or base:
+            require_trained(out if args.eval else base)
+        setup = open_setup(names)
         if not args.eval:
-            train(args.bridge, setup, out, train_gpt2.recipe_flags(args), args.restart, bridge)
+            train_bridge(args.bridge, setup, out, train_gpt2.recipe_flags(args), base)
         evaluate(out, setup, args.beam)
     train_gpt2.leave_processes()
 

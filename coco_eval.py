@@ -1,9 +1,8 @@
 """
 Pictures with captions, and the scores of captions.
 
-    python coco_eval.py --references captions_val2017.json --results results.json
+    python coco_eval.py --references captions_val2017.json --results results.json [--out FILE]
     python coco_eval.py --download [DIR] [--val-only]      COCO 2017: 20 GB, 40 GB while it unpacks
-    python coco_eval.py --make-shapes DIR                  the toy pictures, drawn in seconds
 
 A caption is scored against about five that people wrote, by four metrics that differ in what
 they count as agreement:
@@ -25,18 +24,21 @@ To read, in five minutes: CIDEr-D, which everyone quotes and which captions can 
 another evening BLEU, ROUGE-L and METEOR. After the banner: tokens, evaluation, pictures and
 datasets, COCO, the toy pictures and the facts of a caption, the command line.
 """
+import hashlib
 import html
 import json
 import math
+import os
 import random
 import zipfile
-import zlib
 from collections import Counter
 from functools import lru_cache
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
+import filelock
 import numpy as np
 import regex
+import requests
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
@@ -438,19 +440,19 @@ def score_tokens(references, candidates):
     """Score captions that are token lists already. Pictures without a candidate are left out.
 
     Returns {"corpus": {"CIDEr", "METEOR", "BLEU-1", ..., "BLEU-4", "ROUGE-L"}, "per_image": {id:
-    {the same}}}. 7 and "7" are the same id. Raises UserError for a candidate without references, or
-    no candidate.
+    {the same}}}. 7, 7.0 and "7" are the same id. Raises UserError for a candidate without
+    references, or no candidate.
     """
-    known = {str(id): captions for id, captions in references.items()}
+    known = {id_text(id): captions for id, captions in references.items()}
     if not candidates:
         raise UserError("there is no caption to score", "name a result file that has some")
     for id in candidates:
-        if not known.get(str(id)):
+        if not known.get(id_text(id)):
             raise UserError(f"picture {id} has no references", "score it with its own annotations")
-    targets = [known[str(id)] for id in candidates]
+    targets = [known[id_text(id)] for id in candidates]
     texts = list(candidates.values())
     scores = {}
-    for metric in (cider, meteor, bleu, rouge_l):
+    for metric in tqdm((cider, meteor, bleu, rouge_l), "scores", leave=False, disable=None):
         scores |= metric(targets, texts)
     corpus = {name: float(score) for name, (score, _) in scores.items()}
     per_image = {}
@@ -464,79 +466,103 @@ def score_tokens(references, candidates):
 # [{"image_id", "caption"}]}, and results [{"image_id", "caption"}]
 
 
-def read_json(path):
-    """The content of a JSON file."""
-    with fineweb.reading(path, "a JSON file"):
-        return json.loads(Path(path).read_bytes())
+def id_text(id):
+    """An id as text, the same for 7, 7.0 and "7"."""
+    return str(id).removesuffix(".0")
 
 
-def entries(path, content, key, id="image_id", text="caption"):
-    """Yield (entry, its id as a string, its text) of a part of a COCO file, or of results (None).
+def read_captions(path):
+    """[(id of the picture, caption), ...] of a COCO annotation file, or of a list of results.
 
-    Raises UserError where an id is not an integer or string, or a text not a string.
+    Raises UserError, with its place, for a caption that is no text.
     """
-    with fineweb.reading(path, f'COCO\'s {key or "list of results"} with "{id}" and "{text}"'):
+    with fineweb.reading(path, 'JSON with "image_id" and "caption", as COCO has them'):
+        content = json.loads(Path(path).read_bytes())
         rows = []
-        for entry in content[key] if key else content:
-            if type(entry[id]) not in (int, str) or type(entry[text]) is not str:
-                raise TypeError(f'"{id}" or "{text}" of {entry}')
-            rows.append((entry, str(entry[id]), entry[text]))
+        for i, entry in enumerate(content["annotations"] if type(content) is dict else content):
+            if type(entry["caption"]) is not str:
+                raise TypeError(f"caption {i} is {entry['caption']}")
+            rows.append((id_text(entry["image_id"]), entry["caption"]))
     return rows
-
-
-def refuse_twice(path, ids):
-    """UserError when an id occurs twice: which of the two is meant?"""
-    for id, count in Counter(ids).items():
-        if count > 1:
-            raise UserError(f"{path} has picture {id} {count} times", "keep one")
 
 
 def read_references(path):
     """{id: [caption, ...]} of a COCO annotation file."""
-    content = read_json(path)
     references = {}
-    for _, id, caption in entries(path, content, "annotations"):
+    for id, caption in read_captions(path):
         references.setdefault(id, []).append(caption)
-    if "images" in content:
-        refuse_twice(path, [id for _, id, _ in entries(path, content, "images", "id", "file_name")])
     return references
 
 
 def read_results(path):
     """{id: caption} of a COCO result file; UserError when a picture has two."""
-    rows = entries(path, read_json(path), None)
-    refuse_twice(path, [id for _, id, _ in rows])
-    return {id: caption for _, id, caption in rows}
+    rows = read_captions(path)
+    results = dict(rows)
+    if len(results) < len(rows):
+        twice = Counter(id for id, _ in rows).most_common(1)[0][0]
+        raise UserError(f"{path} has two captions of picture {twice}", "keep one")
+    return results
 
 
-def read_dataset(folder, split):
+def read_dataset(folder, split, karpathy=False):
     """The captioned pictures of a folder in COCO's layout: "train", "val" or, of toys, "unseen".
 
     [{"id", "path", "captions": [str, ...], "scene" or None}, ...]. Where there is one set of
     pictures only, val2017/ or your own in images/ with annotations/captions.json, every tenth is
-    for "val". Raises UserError when there is no such file, or an id is wrong, twice or unknown.
+    for "val". Entries of one file are one picture; captions without a word do not count. Raises
+    UserError when there is no such file, an id is unknown or used twice, or pictures are not there.
     """
-    path, pictures, shared = find_layout(Path(folder), split)
-    content = read_json(path)
-    rows = entries(path, content, "images", "id", "file_name")
-    refuse_twice(path, [id for _, id, _ in rows])
+    folder = Path(folder)
+    if karpathy:
+        return read_karpathy(folder, split)
+    path, pictures, shared = find_layout(folder, split)
+    captions = {}
+    for id, caption in read_captions(path):
+        captions.setdefault(id, []).append(caption)
     dataset = {}
-    for entry, id, name in rows:
-        inner = PureWindowsPath(name)  # which knows both kinds of slashes, and C:
-        if inner.anchor or ".." in inner.parts:
-            raise UserError(f"{path}: {name!r} leads out of the folder", "do not trust this file")
-        picture = {"id": entry["id"], "path": pictures / name, "captions": []}
-        dataset[id] = picture | {"scene": toy_scene(entry)}
-    for _, id, caption in entries(path, content, "annotations"):
-        if id not in dataset:
-            raise UserError(f"{path}: picture {id} of a caption is not there", "remove the caption")
-        dataset[id]["captions"].append(caption)
+    with fineweb.reading(path, 'COCO\'s "images" with "id" and "file_name"'):
+        entries = json.loads(path.read_bytes())["images"]
+        if len({id_text(entry["id"]) for entry in entries}) < len(entries):
+            raise ValueError("two pictures have the same id")
+        for entry in entries:
+            name = pictures / entry["file_name"]
+            picture = {"id": entry["id"], "path": name, "captions": [], "scene": entry.get("scene")}
+            texts = captions.pop(id_text(entry["id"]), [])
+            dataset.setdefault(name, picture)["captions"] += filter(str.strip, texts)
+    if captions:
+        problem = f"{path}: picture {next(iter(captions))} of a caption is not there"
+        raise UserError(problem, "remove the caption")
     captioned = [picture for picture in dataset.values() if picture["captions"]]
     if len(captioned) < (2 if shared else 1):
         raise UserError(f"{path} has too few pictures with captions", "add some")
+    if not captioned[0]["path"].exists():
+        problem = f"{captioned[0]['path']} is not there"
+        raise UserError(problem, f"file names of {path} are looked for in {pictures}")
     if shared:
         captioned = [p for i, p in enumerate(captioned) if (i % 10 == 0) == (split == "val")]
     return captioned
+
+
+def read_karpathy(folder, split):
+    """read_dataset() of COCO 2017's pictures in Karpathy's split (Karpathy & Fei-Fei 2015).
+
+    annotations/dataset_coco.json is his file. 113,287 pictures are for training ("train" and
+    "restval"), 5,000 for validation ("val") and 5,000 for the scores that papers report ("test").
+    """
+    path = folder / "annotations" / "dataset_coco.json"
+    names = ("train", "restval") if split == "train" else (split,)
+    dataset = []
+    with fineweb.reading(path, "Karpathy's dataset_coco.json"):
+        for entry in json.loads(path.read_bytes())["images"]:
+            if entry["split"] in names:
+                name = f"{entry['cocoid']:012d}.jpg"
+                years = [folder / year / name for year in ("train2017", "val2017")]
+                captions = [sentence["raw"] for sentence in entry["sentences"]]
+                dataset.append({"id": entry["cocoid"], "path": years[not years[0].exists()],
+                                "captions": captions, "scene": None})
+    if not dataset or not dataset[0]["path"].exists():
+        raise UserError(f"{folder} has no pictures of {path}", "get all of COCO 2017 (--download)")
+    return dataset
 
 
 def find_layout(folder, split):
@@ -553,52 +579,29 @@ def find_layout(folder, split):
     raise UserError(f"{folder} is not in COCO's layout", what_to_do)
 
 
-LONGEST = 500  # times as long as wide: resized to its short side, a longer one would fill memory
+def load_image(source, name=None):
+    """A picture in a file as Pillow's RGB, its first frame, upright, transparency on white.
 
-
-def load_image(path):
-    """A picture of any kind as Pillow's RGB, its first frame, upright, transparency on white.
-
-    Raises UserError when it cannot be decoded to its end, has more than 179 million pixels, or is
-    more than 500 times as long as wide.
+    Raises UserError when it cannot be decoded to its end, has more than 179 million pixels, is more
+    than 500 times as long as wide (resized to its short side, it would fill memory), or has more
+    than 8 bits a channel, whose scale is anybody's guess.
     """
     try:
-        with Image.open(path) as image:
-            if max(image.size) > LONGEST * min(image.size):
+        with Image.open(source) as image:
+            if max(image.size) > 500 * min(image.size):
                 raise ValueError(f"{image.width} x {image.height} pixels")
             image.load()  # all of it first: getexif() would hide a broken end
             image = ImageOps.exif_transpose(image)
             if image.mode[0] in "IF":
-                image = to_eight_bits(image)
+                raise ValueError("it has 16 or 32 bits a channel: save it with 8")
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image)
             return image.convert("RGB")
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is not there", "check the path") from error
     except Exception as error:  # decoders raise whatever they like on broken data
-        reason = str(error)[:80] or type(error).__name__
-        raise UserError(f"{path} cannot be read as a picture ({reason})", "replace it") from error
-
-
-def to_eight_bits(image):
-    """A gray picture of 16 or 32 bits or of floats, scaled: convert() would clip it to white.
-
-    Values that are not finite are black or white; a gray that is declared transparent stays so.
-    """
-    values = np.asarray(image, dtype=np.float64)
-    finite = values[np.isfinite(values)]
-    low = min(finite.min(initial=0), 0)
-    high = finite.max(initial=0)
-    if low == 0:  # not signed: the top is that of its kind
-        tops = [top for top in (1, 255, 65535) if high <= top] or [high]
-        high = 65535 if image.mode.startswith("I;16") else tops[0]
-    scaled = np.nan_to_num((values - low) / (high - low) * 255, posinf=255, neginf=0)
-    gray = Image.fromarray(np.uint8(np.clip(scaled, 0, 255).round()))
-    if "transparency" in image.info:
-        gray.putalpha(Image.fromarray(np.uint8(255 * (values != image.info["transparency"]))))
-    return gray
+        problem = f"{name or source} cannot be read as a picture ({error or type(error).__name__})"
+        raise UserError(problem, "replace it") from error
 
 
 # -----------------------------------------------------------------------------
@@ -606,45 +609,61 @@ def to_eight_bits(image):
 # five captions
 
 HOST = "https://s3.amazonaws.com/images.cocodataset.org"  # the site's own certificate is wrong
-ARCHIVES = (  # each has one folder; its bytes, its MD5
-    ("annotations/annotations_trainval2017.zip", 252_907_541, "f4bbac642086de4f52a3fdda2de5fa2c"),
-    ("zips/val2017.zip", 815_585_330, "442b8da7639aecaf257c1dceb8ba8c80"),
-    ("zips/train2017.zip", 19_336_861_798, "cced6f7f71b7629ddf16f17bbcfab6b2"),
+ARCHIVES = (  # each has one folder; its MD5
+    ("annotations/annotations_trainval2017.zip", "f4bbac642086de4f52a3fdda2de5fa2c"),
+    ("zips/val2017.zip", "442b8da7639aecaf257c1dceb8ba8c80"),
+    ("zips/train2017.zip", "cced6f7f71b7629ddf16f17bbcfab6b2"),
 )
 
 
 def download_coco(folder, val_only=False):
-    """Download and unpack COCO 2017; what is there is left alone, what was interrupted resumes.
+    """Download and unpack COCO 2017; what is there is left alone, what was interrupted goes on.
 
     An archive is checked, unpacked beside its place, renamed when whole, and removed: 40 GB of
     disk for a while, 20 GB in the end. val_only: the annotations and 5,000 pictures, 1.1 GB.
     """
     folder = Path(folder)
-    for address, size, digest in ARCHIVES[:2] if val_only else ARCHIVES:
-        archive = folder / Path(address).name
-        name = archive.stem.removesuffix("_trainval2017")
-        if not (folder / name).exists():
-            files = [*folder.glob(f"{archive.name}*"), *folder.glob(f"{name}.tmp/*")]
-            done = sum(file.stat().st_size for file in files)
-            fineweb.require_space(folder, 2 * size - done)  # an archive, and what is in it
-            unpack(fineweb.download(f"{HOST}/{address}", archive, size, digest), folder, name)
+    folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder / ".lock"):  # of two commands the second one waits
+        for address, md5 in ARCHIVES[:2] if val_only else ARCHIVES:
+            archive = folder / Path(address).name
+            name = archive.stem.removesuffix("_trainval2017")
+            if not (folder / name).exists():
+                download(f"{HOST}/{address}", archive, md5)
+                with zipfile.ZipFile(archive) as zipped:
+                    for member in tqdm(zipped.namelist(), name, unit=" files", disable=None):
+                        zipped.extract(member, folder / ".unpacked")
+                os.replace(folder / ".unpacked" / name, folder / name)
+            archive.unlink(missing_ok=True)
     print(f"COCO 2017 is in {folder}")
 
 
-def unpack(archive, folder, name):
-    """Unpack the folder `name` of a zip file to folder/name, all or nothing; remove the archive."""
-    try:
-        with zipfile.ZipFile(archive) as zipped, fineweb.new_folder(folder / name) as building:
-            members = [m for m in zipped.infolist() if not m.is_dir()]
-            for member in tqdm(members, desc=name, unit=" files", disable=None):
-                if not member.filename.startswith(f"{name}/"):
-                    raise UserError(f"{archive} has files outside of {name}/", "remove it")
-                member.filename = member.filename.removeprefix(f"{name}/")
-                zipped.extract(member, building)  # never out of this folder, whatever the name
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        problem = f"{archive} cannot be unpacked ({error})"
-        raise UserError(problem, "remove it, try again") from error
-    archive.unlink()
+def download(url, path, md5):
+    """Download a file, once; what was interrupted goes on where it stopped."""
+    if path.exists():
+        return
+    part = path.with_name(f"{path.name}.part")
+    done = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity", "Range": f"bytes={done}-"}
+    with requests.get(url, stream=True, headers=headers, timeout=30) as answer:
+        if answer.status_code != 416:  # nothing is missing
+            answer.raise_for_status()
+            done = done if answer.status_code == 206 else 0  # else the server starts over
+            size = int(answer.headers["Content-Length"])
+            bar = tqdm(desc=path.name, initial=done, total=done + size, unit="B", unit_scale=True,
+                       disable=None)
+            with open(part, "ab" if done else "wb") as file, bar:
+                for chunk in answer.iter_content(1 << 20):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+            if part.stat().st_size < done + size:  # requests does not notice it
+                raise UserError(f"{url} broke off", "the same command goes on")
+    with open(part, "rb") as file:
+        digest = hashlib.file_digest(file, "md5").hexdigest()
+    if digest != md5:
+        part.unlink()
+        raise UserError(f"{url} is not the expected file", "try again")
+    os.replace(part, path)
 
 
 # -----------------------------------------------------------------------------
@@ -690,8 +709,7 @@ def draw_shape(draw, shape, x, y, r, paint):
 def make_shapes(folder, images=TRAIN_IMAGES):
     """Draw train/, val/ and unseen/ with annotations/captions_*.json, scenes in their entries.
 
-    unseen/ has pairs of color and shape that train/ has not. The files are the same each time. The
-    folder appears when it is whole; UserError when it is not empty.
+    unseen/ has pairs of color and shape that train/ has not. The files are the same each time.
     """
     splits = {"train": images, "val": VAL_IMAGES, "unseen": UNSEEN_IMAGES}
     with fineweb.new_folder(folder) as building:
@@ -704,22 +722,11 @@ def make_shapes(folder, images=TRAIN_IMAGES):
                 scene = fineweb.random_scene(rng, unseen=split == "unseen")
                 name = f"{id:06d}.png"
                 draw_scene(scene, rng).save(building / split / name, compress_level=1)
-                entries.append({"id": id, "file_name": name, "toy_scene": scene})
+                entries.append({"id": id, "file_name": name, "scene": scene})
                 for caption in fineweb.captions(scene, rng):
                     annotations.append({"image_id": id, "caption": caption})
             content = {"images": entries, "annotations": annotations}
             fineweb.write_json(building / f"annotations/captions_{split}.json", content)
-
-
-def toy_scene(entry):
-    """The scene of a drawn picture's entry, or None: another program may mean something else."""
-    scene = entry.get("toy_scene")
-    try:
-        words = set(fineweb.scene_map(scene).split())
-        known = all(thing["size"] in SIZES for thing in scene["objects"])
-    except (TypeError, KeyError, IndexError, AttributeError):
-        return None
-    return scene if known and words <= {".", *fineweb.SCENE_WORDS} else None
 
 
 # The facts of a caption: what it says about a scene, and whether that is true
@@ -785,44 +792,35 @@ def table(scores, of):
         label = "METEOR (exact + stem)" if metric == "METEOR" else metric
         spread = f"{np.mean(pictures):.4f} ± {np.std(pictures):.4f}"
         lines.append(f"{label:22} {corpus:.4f}    {spread}")
-    return "\n".join([*lines, f"{len(scores['per_image']):,} of {of:,} pictures scored"])
-
-
-def score_file(references_path, results_path, out):
-    """Score a result file, print a table, and write everything to `out`."""
-    if Path(out).resolve() in (Path(references_path).resolve(), Path(results_path).resolve()):
-        raise UserError(f"{out} holds what is to be scored", "name another file with --out")
-    if Path(out).is_dir():
-        raise UserError(f"{out} is a folder", "name a file with --out")
-    references = read_references(references_path)
-    scores = evaluate(references, read_results(results_path))
-    fineweb.write_json(out, scores)
-    print(f"{table(scores, len(references))}\nall scores, of each picture too: {out}")
+    scored = len(scores["per_image"])
+    if scored < 2:
+        lines.append("(CIDEr of fewer than two pictures is always 0: it says nothing)")
+    return "\n".join([*lines, f"{scored:,} of {of:,} pictures scored"])
 
 
 def main():
     """The commands at the top of this file."""
-    parser = fineweb.ArgumentParser(__doc__)
+    parser = fineweb.make_parser(__doc__)
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--results", metavar="FILE", help="captions in COCO's format, to be scored")
     task.add_argument("--download", nargs="?", const="data/coco", metavar="DIR", help="COCO 2017")
-    task.add_argument("--make-shapes", metavar="DIR", help="draw the toy pictures")
     parser.add_argument("--references", metavar="FILE", help="annotations in COCO's format")
-    parser.add_argument("--out", metavar="FILE", help="where all scores go (default: scores.json)")
+    parser.add_argument("--out", metavar="FILE", help="write all scores, of each picture too")
     parser.add_argument("--val-only", action="store_true", help="its validation pictures: 1.1 GB")
     args = parser.parse_args()
     if args.download:
-        parser.only("--download", "--val-only")
+        fineweb.only(parser, args, "--download", "val_only")
         download_coco(args.download, args.val_only)
-    elif args.make_shapes:
-        parser.only("--make-shapes")
-        make_shapes(args.make_shapes)
-        print(f"the pictures are in {args.make_shapes}")
-    elif args.references:
-        parser.only("--results", "--references", "--out")
-        score_file(args.references, args.results, args.out or "scores.json")
-    else:
-        raise UserError("--results needs the captions that people wrote", "give --references")
+        return
+    fineweb.only(parser, args, "--results", "references out")
+    if not args.references:
+        parser.error("--results needs the captions that people wrote: give --references")
+    fineweb.refuse_existing(args.out)
+    references = read_references(args.references)
+    scores = evaluate(references, read_results(args.results))
+    print(table(scores, len(references)))
+    if args.out:
+        fineweb.write_json(args.out, scores)
 
 
 if __name__ == "__main__":

@@ -5,40 +5,33 @@ Text on disk: from documents to shards of tokens on which a GPT-2 is trained.
     python fineweb.py --text book.txt --out DIR       your own .txt or .jsonl files
 
 Either way the result is a folder of shards, NAME_train_000001.bin ... and NAME_val_000000.bin,
-for `train_gpt2.py --data DIR`, with tokens.json, which names the tokenizer. Each document begins
-with <|endoftext|>; documents follow each other without padding, across shards too.
+for `train_gpt2.py --data DIR`. Each document begins with <|endoftext|>; documents follow each other
+without padding, across shards too.
 
 Where nothing can be downloaded there is the toy text, made here in seconds: the English that
 every Python installation carries, and short documents about scenes of colored shapes.
 
 To read, in ten minutes: tokenizers; shards; the toy text (after train_gpt2.py, before caption.py).
-After the banner: the toy text's files, FineWeb-Edu, your own text, the command line; errors, files
-and downloads, which all files use.
+After the banner: the toy text's files, FineWeb-Edu, your own text, the command line; and, for all
+files, errors (UserError), flags, and files that are written whole or not at all (atomic_write).
 """
 import argparse
 import contextlib
-import errno
 import functools
-import hashlib
-import io
 import itertools
 import json
 import math
 import os
 import random
 import re
-import shutil
 import sys
-import time
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import requests
 import tiktoken
 from huggingface_hub import hf_hub_download
-from huggingface_hub.utils import logging as hub_logging
-from tiktoken.load import read_file_cached
 from tqdm import tqdm
 
 # -----------------------------------------------------------------------------
@@ -48,51 +41,46 @@ EOT = "<|endoftext|>"  # begins each document
 
 
 @functools.lru_cache
-def get_tokenizer(name):
-    """The tokenizer "gpt2" (50,257 tokens; tiktoken downloads 1.5 MB once) or "tiny" (made here).
+def get_tokenizer(n_vocab):
+    """GPT-2's tokenizer (n_vocab 50,257; tiktoken downloads 1.5 MB once), or the toy's (431).
 
-    GPT-2's is a byte-pair encoding (Sennrich et al. 2016): frequent runs of bytes are one token
-    each. "tiny" has the 256 bytes, two tokens for each word of the toy scenes (with a leading space
-    and without, as in GPT-2) and <|endoftext|>. In both, <|endoftext|> has the largest id.
+    GPT-2's is a byte-pair encoding (Sennrich et al. 2016): it begins with the 256 bytes, and the
+    most frequent pair of neighbors in its training text became a new token, 50,000 times:
+
+        " then"         " "  "t"  "h"  "e"  "n"          bytes
+        1st merge       " t"      "h"  "e"  "n"
+        3rd merge       " t"      "he"      "n"
+        7th merge       " the"              "n"
+        533rd merge     " then"                          one token
+
+    The toy's has the bytes, two tokens for each word of the toy scenes (with a leading space and
+    without, as in GPT-2) and <|endoftext|>, which has the largest id in both. Raises UserError for
+    another number.
     """
-    if name == "gpt2":
-        try:
-            return tiktoken.get_encoding("gpt2")
-        except (requests.RequestException, ValueError) as error:  # no network, or a wrong file
-            problem = "GPT-2's vocabulary cannot be downloaded"
-            raise UserError(problem, "connect once, or set TIKTOKEN_CACHE_DIR") from error
+    if n_vocab == 50257:
+        return tiktoken.get_encoding("gpt2")
     pieces = [bytes([byte]) for byte in range(256)]
     for word in [*SCENE_WORDS, "."]:
         pieces += [piece.encode() for piece in (word, f" {word}") if len(piece) > 1]
+    if n_vocab != len(pieces) + 1:
+        what_to_do = f"GPT-2's has 50,257, the toy's {len(pieces) + 1}"
+        raise UserError(f"there is no tokenizer of {n_vocab:,} tokens", what_to_do)
     ranks = {piece: rank for rank, piece in enumerate(pieces)}
     pattern = r" ?[A-Za-z]+(?:-[A-Za-z]+)?| ?\.|[\s\S]"
     special = {EOT: len(pieces)}
     return tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
-def gpt2_files():
-    """GPT-2's vocabulary as transformers names its two files; tiktoken has them in its cache."""
-    address = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-    names = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
-    return {ours: read_file_cached(address + theirs) for ours, theirs in names.items()}
-
-
 def encode_document(text, tokenizer):
-    """<|endoftext|> and the tokens of one document, uint16.
-
-    "<|endoftext|>" within the text is plain text. Runs of whitespace are cut at a thousand, because
-    tiktoken fails at a million; half a surrogate pair, which no UTF-8 can hold, becomes "?".
-    """
-    text = text.encode(errors="replace").decode()
-    tokens = [[tokenizer.eot_token]]
-    for part in re.split(r"(\s{1000})", text):
-        tokens.append(tokenizer.encode_to_numpy(part, disallowed_special=()))
-    return np.concatenate(tokens, dtype=np.uint16, casting="unsafe")
+    """<|endoftext|> and the tokens of one document, uint16; in it "<|endoftext|>" is plain text."""
+    text = text.encode(errors="replace").decode()  # half a surrogate pair, no UTF-8, becomes "?"
+    tokens = tokenizer.encode_to_numpy(text, disallowed_special=())
+    return np.append(tokenizer.eot_token, tokens).astype(np.uint16)
 
 
 # -----------------------------------------------------------------------------
 # Shards, in the layout of llm.c (Karpathy's GPT-2 in C): a header of 256 int32 (magic number,
-# version, number of tokens, zeros), then the tokens as uint16
+# version, number of tokens, and, ours alone, size of the vocabulary), then the tokens as uint16
 
 MAGIC = 20240520
 VERSION = 1
@@ -100,44 +88,31 @@ HEADER_BYTES = 256 * 4
 SHARD_TOKENS = 100_000_000
 
 
-def write_shard(path, tokens):
+def write_shard(path, tokens, n_vocab):
     """Write uint16 tokens as one shard, all or nothing."""
     header = np.zeros(256, dtype="<i4")
-    header[:3] = (MAGIC, VERSION, len(tokens))
+    header[:4] = (MAGIC, VERSION, len(tokens), n_vocab)
     with atomic_write(path) as file:
         file.write(header.tobytes())
         file.write(np.asarray(tokens, dtype="<u2").tobytes())
 
 
-def read_shard(path):
-    """Memory-map the tokens of a shard (uint16); UserError if the file is not one, or not whole.
+def read_shard(path, n_vocab):
+    """Memory-map the tokens of a shard (uint16): the system reads a page of it when it is used.
 
-    A memory map looks like an array, but the system reads a page of it only when it is used.
+    Raises UserError if the file is not a shard, not whole, or for another tokenizer.
     """
     header = np.fromfile(path, dtype="<i4", count=256)
     if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION:
         raise UserError(f"{path} is not a shard of tokens", "make one with fineweb.py")
-    count = int(header[2])  # int32 would overflow below, at 2^30 tokens
+    vocabulary = int(header[3]) or 50257  # shards of others have GPT-2's tokens, and 0 here
+    if vocabulary != n_vocab:
+        problem = f"{path} has tokens of {vocabulary:,}, and the model knows {n_vocab:,}"
+        raise UserError(problem, "name shards of the model's tokenizer with --data")
+    count = int(header[2])  # as int32 it would overflow below, at 2^30 tokens
     if os.path.getsize(path) != HEADER_BYTES + 2 * count:
-        raise UserError(f"{path} is not as long as its header says", "make it again (fineweb.py)")
+        raise UserError(f"{path} is damaged", "remove it, and make or download it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
-
-
-def write_tokens_info(folder, tokenizer, source):
-    """tokens.json names the tokenizer of a folder's shards, "gpt2" or "tiny", and their source."""
-    write_json(Path(folder) / "tokens.json", {"tokenizer": tokenizer, "source": source})
-
-
-def read_tokens_info(folder):
-    """What write_tokens_info() wrote; folders made by others have GPT-2's tokens."""
-    path = Path(folder) / "tokens.json"
-    if not path.exists():
-        return {"tokenizer": "gpt2", "source": "unknown"}
-    with reading(path, 'a JSON object that names the "tokenizer" gpt2 or tiny'):
-        info = json.loads(path.read_bytes())
-        if info["tokenizer"] not in ("gpt2", "tiny"):
-            raise ValueError(info["tokenizer"])
-    return info
 
 
 # -----------------------------------------------------------------------------
@@ -299,33 +274,32 @@ OTHER_WORDS = """top bottom left right above below there are is objects in a pic
 SCENE_WORDS = {*COLORS, *SHAPES, *SIZES, *NUMBERS.values(), *MAP_WORDS, *OTHER_WORDS}
 SCENE_WORDS = sorted(SCENE_WORDS | {word.upper() for word in MAP_WORDS})
 
+TOY_VOCAB = 431
 TOY_SCENE_BLOCKS = 35_400  # 85 % of the text; the rest is English
 
 
 def make_toy_text(folder):
-    """Write the toy text's shards: one for training; English and scenes apart for validation.
+    """Write the toy text's shards, once: one for training; English and scenes for validation.
 
-    English is pydoc's help topics, the last twentieth for validation. A folder that has the toy
-    text already is left alone; UserError when it has something else.
+    English is pydoc's help topics, the last twentieth for validation.
     """
     from pydoc_data.topics import topics  # 0.5 MB, in every Python installation
 
-    folder = Path(folder)
-    source = f"toy text with sizes, {TOY_SCENE_BLOCKS:,} scenes"
-    if folder.exists() and not is_empty(folder):
-        if read_tokens_info(folder).get("source") != source:
-            problem = f"{folder} is not the toy text of this version"
-            raise UserError(problem, "rename it, or name it with --data")
+    if Path(folder).exists():
         return
-    tokenizer = get_tokenizer("tiny")
+    tokenizer = get_tokenizer(TOY_VOCAB)
     english = np.concatenate([encode_document(topics[key], tokenizer) for key in sorted(topics)])
     border = len(english) * 19 // 20 // TOY_BLOCK * TOY_BLOCK
     scenes = scene_blocks(TOY_SCENE_BLOCKS, tokenizer, seed=0)
+    end = [tokenizer.eot_token]  # the last target of the last window
+    shards = {
+        "tiny_train_000001": np.concatenate([scenes, english[:border], end]),
+        "english_val_000000": english[border:],
+        "scenes_val_000000": scene_blocks(800, tokenizer, seed=1),
+    }
     with new_folder(folder) as building:
-        write_shard(building / "tiny_train_000001.bin", np.concatenate([scenes, english[:border]]))
-        write_shard(building / "english_val_000000.bin", english[border:])
-        write_shard(building / "scenes_val_000000.bin", scene_blocks(800, tokenizer, seed=1))
-        write_tokens_info(building, "tiny", source)
+        for name, tokens in shards.items():
+            write_shard(building / f"{name}.bin", tokens, TOY_VOCAB)
 
 
 # -----------------------------------------------------------------------------
@@ -336,33 +310,32 @@ FINEWEB_SHARDS = 99  # 98 of 100 M tokens, and one of 54 M
 
 
 def fetch_fineweb(tokens, folder):
-    """Download the validation shard and as many training shards as `tokens` asks for."""
-    folder = Path(folder)
-    source = f"FineWeb-Edu, {FINEWEB_REPO}"
-    if read_tokens_info(folder).get("source", "unknown") not in (source, "unknown"):
-        raise UserError(f"{folder} has other text", "name another folder with --out")
+    """Download the validation shard and as many training shards as `tokens` asks for.
+
+    What is there is left alone, and what was interrupted goes on.
+    """
     count = min(math.ceil(tokens / SHARD_TOKENS), FINEWEB_SHARDS)
     names = ["finewebedu_val_000000.bin"]
     names += [f"finewebedu_train_{number:06d}.bin" for number in range(1, count + 1)]
-    missing = [name for name in names if not is_whole(folder / name)]
-    require_space(folder, 2 * len(missing) * SHARD_TOKENS)
-    for name in missing:
-        (folder / name).unlink(missing_ok=True)  # the hub's client would keep a damaged one
-        hub_download(FINEWEB_REPO, name, repo_type="dataset", local_dir=folder)
-    write_tokens_info(folder, "gpt2", source)
+    for name in names:
+        if not Path(folder, name).exists():
+            hub_download(FINEWEB_REPO, name, repo_type="dataset", local_dir=folder)
     print(f"{len(names)} shards are in {folder}")
 
 
-def is_whole(path):
-    """Whether there is a shard that is as long as its header says."""
+def hub_download(repo, name, **options):
+    """The path of a file of the Hugging Face hub, cached in HF_HOME, or in local_dir if given."""
     try:
-        return path.exists() and read_shard(path) is not None
-    except UserError:
-        return False
+        return Path(hf_hub_download(repo, name, **options))
+    except Exception as error:  # no network, no such file, a full disk: its kinds are many
+        problem = f"{repo}/{name} cannot be downloaded ({type(error).__name__})"
+        raise UserError(problem, "check name, network and disk, or set HF_ENDPOINT") from error
 
 
 # -----------------------------------------------------------------------------
 # Your own text
+
+VAL_TOKENS = 4 * 1024 + 1  # at least: four windows of GPT-2's context
 
 
 def read_documents(paths):
@@ -371,54 +344,45 @@ def read_documents(paths):
     Raises UserError, naming the place, for bytes that are not UTF-8 and a line without "text".
     """
     for path in map(Path, paths):
-        is_json = path.suffix.lower() == ".jsonl"
-        if not is_json and path.suffix.lower() != ".txt":
+        if path.suffix not in (".txt", ".jsonl"):
             raise UserError(f"{path} is not .txt or .jsonl", "convert or rename it")
-        what = 'a JSON object with a "text", in UTF-8' if is_json else "text in UTF-8"
+        is_json = path.suffix == ".jsonl"
         with open(path, "rb") as file:
             for number, part in enumerate(file if is_json else [file.read()], 1):
-                with reading(f"{path} line {number}" if is_json else path, what):
+                with reading(f"{path}, line {number}," if is_json else path, "text in UTF-8"):
                     text = part.decode("utf-8-sig")
-                    if is_json:
-                        text = json.loads(text)["text"] if text.strip() else ""
-                    if not isinstance(text, str):
-                        raise TypeError(f"its text is {text}")
-                if text:
+                    if is_json and text.strip():
+                        text = json.loads(text)["text"] + ""  # a TypeError if it is not a string
+                if text.strip():
                     yield text
 
 
-def text_to_shards(paths, folder, val_fraction=0.01, shard_tokens=SHARD_TOKENS):
+def text_to_shards(paths, folder):
     """Tokenize documents with GPT-2's vocabulary, on all cores, into a new folder of shards.
 
-    The last val_fraction of the tokens is for validation, be they a corpus or a single book.
-    Returns the numbers of tokens for training and validation. The folder appears when it is whole.
+    The last hundredth of the tokens is for validation, be they a corpus or a single book; the
+    tokens are in memory (2 bytes each). Returns the numbers for training and validation.
     """
-    folder = Path(folder).resolve()
-    tokenizer = get_tokenizer("gpt2")  # fails here, before any work
+    folder = Path(folder)
+    tokenizer = get_tokenizer(50257)  # fails here, before any work
     with new_folder(folder) as building:
-        raw = building / "tokens"  # before they are cut into shards
-        with open(raw, "wb") as file:
-            for tokens in encode_all(read_documents(paths), tokenizer):
-                file.write(tokens.tobytes())
-        count = raw.stat().st_size // 2
-        val_count = round(count * val_fraction)
-        if val_count < 2:
-            raise UserError("there is too little text", "name files that have more")
-        border = count - val_count
-        for i, begin in enumerate(range(0, border, shard_tokens), 1):
-            shard = building / f"{folder.name}_train_{i:06d}.bin"
-            size = min(shard_tokens, border - begin)
-            write_shard(shard, np.fromfile(raw, np.uint16, size, offset=2 * begin))
-        val_tokens = np.fromfile(raw, np.uint16, offset=2 * border)
-        write_shard(building / f"{folder.name}_val_000000.bin", val_tokens)
-        raw.unlink()
-        write_tokens_info(building, "gpt2", "own text")
-    print(f"{border:,} tokens for training, {val_count:,} for validation in {folder}")
-    return border, val_count
+        tokens = np.concatenate([*encode_all(read_documents(paths), tokenizer)])
+        border = len(tokens) - max(len(tokens) // 100, VAL_TOKENS)
+        if border < VAL_TOKENS:
+            problem = f"{len(tokens):,} tokens are too little text"
+            raise UserError(problem, f"name files with {2 * VAL_TOKENS:,} or more")
+        for i, begin in enumerate(range(0, border, SHARD_TOKENS), 1):
+            shard = tokens[begin : min(begin + SHARD_TOKENS, border)]
+            write_shard(building / f"{folder.name}_train_{i:06d}.bin", shard, tokenizer.n_vocab)
+        val_tokens = tokens[border:]
+        write_shard(building / f"{folder.name}_val_000000.bin", val_tokens, tokenizer.n_vocab)
+    print(f"{border:,} tokens for training, {len(val_tokens):,} for validation in {folder}")
+    return border, len(val_tokens)
 
 
 def encode_all(documents, tokenizer):
-    """Yield the tokens of each document, in order; a thousand documents are in memory at a time."""
+    """Yield the tokens of each document, in order; a thousand texts are in memory at a time."""
+    yield np.zeros(0, np.uint16)
     encode = functools.partial(encode_document, tokenizer=tokenizer)
     # tiktoken lets other threads run while it works
     with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(unit=" tokens", disable=None) as bar:
@@ -443,113 +407,66 @@ def token_count(text):
 
 def main():
     """The commands at the top of this file."""
-    parser = ArgumentParser(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--tokens", type=token_count, help="how much of FineWeb-Edu (default: 10B)")
     parser.add_argument("--text", nargs="+", metavar="FILE", help="tokenize these files instead")
     parser.add_argument("--out", help="new folder (FineWeb-Edu: data/fineweb_edu)")
     args = parser.parse_args()
     if args.text:
-        parser.only("--text", "--out")
+        only(parser, args, "--text", "out")
         if not args.out:
-            raise UserError("--text needs a new folder for its shards", "give --out")
+            parser.error("--text needs a new folder for its shards: give --out")
         text_to_shards(args.text, args.out)
     else:
         fetch_fineweb(args.tokens or 10_000_000_000, args.out or "data/fineweb_edu")
 
 
 # -----------------------------------------------------------------------------
-# Errors and the command line, for all files
+# Errors and flags, for all files
 
 
-class UserError(Exception):
-    """What the user can correct, UserError(problem, what_to_do): one line on the screen."""
+class UserError(SystemExit):
+    """What the user can correct, UserError(problem, what_to_do): one line, and exit code 1."""
 
-    def __str__(self):
-        return ": ".join(self.args)
+    def __init__(self, problem, what_to_do):
+        super().__init__(f"error: {problem}: {what_to_do}")
+        self.problem = problem
 
 
 def command_line(main):
-    """Run main(); a UserError, or a file that the system refuses, is one line and exit code 2."""
-    open_streams()
+    """Run main(); what the system refuses (a file, the network, memory) is one line, too."""
     try:
         main()
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        message = str(error)
-        if isinstance(error, OSError):  # a full disk, a read-only folder, ...
-            message += ": make room, or name another (TRACEBACK=1 shows where)"
-        elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-            message = "out of memory: ask for less at once (TRACEBACK=1 shows where)"
-        elif not isinstance(error, UserError):
-            raise
+        # PyTorch, while it writes a file, makes a RuntimeError of the system's own
+        refused = error if isinstance(error, OSError) else error.__context__
+        out_of_memory = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
         if "TRACEBACK" in os.environ:
             raise
-        print("error:", message, file=sys.stderr)
-        sys.exit(2)
+        if out_of_memory or "allocate memory" in str(error):  # PyTorch's words on a CPU
+            sys.exit("error: out of memory: use a smaller --micro-batch or model")
+        if not isinstance(refused, OSError):
+            raise
+        sys.exit(f"error: {refused} (TRACEBACK=1 shows where)")
 
 
-class Stream(io.FileIO):
-    """A standard stream; what is written after its reader has gone (`| head -1`) goes nowhere."""
-
-    def write(self, data):
-        try:
-            return super().write(data)
-        except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):
-                raise
-            return len(data)
+def make_parser(docstring):
+    """An argument parser whose help is the file's docstring."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(
+        description=docstring, formatter_class=formatter, allow_abbrev=False
+    )
 
 
-def open_streams():
-    """Make Streams of stdout and stderr; a character that they cannot encode becomes "?"."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:  # closed (>&-): its number would be lent to a checkpoint
-            os.open(os.devnull, os.O_RDWR)
-        if number:
-            encoding = getattr(getattr(sys, name), "encoding", "utf-8")
-            buffer = io.BufferedWriter(Stream(number, "w", closefd=False))
-            setattr(sys, name, io.TextIOWrapper(buffer, encoding, "replace", line_buffering=True))
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse, with the file's docstring as the help; a wrong flag is a UserError."""
-
-    def __init__(self, docstring):
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=docstring, formatter_class=formatter, allow_abbrev=False)
-        self.register("type", None, not_empty)  # for flags without a type of their own
-
-    def error(self, message):
-        raise UserError(message, "--help shows the flags")
-
-    def parse_args(self, arguments=None):
-        words = sys.argv[1:] if arguments is None else arguments
-        # flags that were typed, with their default value too
-        self.given = {word.split("=")[0] for word in words} & set(self._option_string_actions)
-        return super().parse_args(arguments)
-
-    def only(self, task, *allowed):
-        """UserError when a flag was given that does nothing for `task`.
-
-        allowed: flags, and groups of flags as add_argument_group() returns them.
-        """
-        useless = self.given - {task.split()[0]}
-        for each in allowed:
-            actions = [] if isinstance(each, str) else each._group_actions
-            useless -= {each, *(action.option_strings[0] for action in actions)}
-        if useless:
-            raise UserError(f"{min(useless)} does nothing for {task}", "leave one of them out")
-
-
-def not_empty(text):
-    """The argparse type of a name; an empty one mostly comes from a variable that is not set."""
-    if not text:
-        raise argparse.ArgumentTypeError("is empty")
-    return text
+def only(parser, args, task, names=""):
+    """Refuse flags that were given and do nothing for `task`; names: of those that do something."""
+    for name, value in vars(args).items():
+        (flag,) = [a.option_strings[0] for a in parser._actions if a.dest == name]
+        if flag != task and name not in names.split() and value != parser.get_default(name):
+            parser.error(f"{flag} does nothing for {task}: leave one of them out")
 
 
 def number(kind, low, high=10**9):
@@ -565,32 +482,28 @@ def number(kind, low, high=10**9):
 
 
 @contextlib.contextmanager
-def reading(path, what, *errors, what_to_do="correct it, or get it again"):
-    """Parsing a file: what goes wrong in the body is one UserError, which says why.
+def reading(path, what, *errors):
+    """Parsing a file that people write: what goes wrong in the body is one UserError.
 
-    The body has to be short: a mistake of our own in it would be blamed on the file
-    (TRACEBACK=1 in the environment shows both).
+    The body has to be short: a mistake of our own in it would be blamed on the file.
     """
-    mistakes = (ValueError, KeyError, IndexError, TypeError, RecursionError, EOFError)
     try:
         yield
-    except (*mistakes, *errors) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:70]
-        raise UserError(f"{path} is not {what} ({reason})", what_to_do) from error
+    except (ValueError, KeyError, TypeError, *errors) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{path} is not {what} ({reason})", "correct it") from error
 
 
 # -----------------------------------------------------------------------------
-# Files and downloads, for all files
+# Files, for all files
 
 
 @contextlib.contextmanager
 def atomic_write(path, mode="wb", **options):
     """Open a temporary file beside `path`, which takes that name when it is whole."""
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays one: the file is written where it leads
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # ranks may write at once
-    if "b" not in mode:
-        options.setdefault("encoding", "utf-8")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, mode, **options) as file:
             yield file
@@ -603,147 +516,28 @@ def atomic_write(path, mode="wb", **options):
 
 def write_json(path, content):
     """Write JSON, all or nothing."""
-    with atomic_write(path, "w") as file:
+    with atomic_write(path, "w", encoding="utf-8") as file:
         json.dump(content, file)
-
-
-def is_empty(folder):
-    """Whether nothing is in a folder, except what new_folder() or a new file system puts there."""
-    return {path.name for path in folder.iterdir()} <= {".tmp", ".lock", "lost+found"}
 
 
 @contextlib.contextmanager
 def new_folder(folder):
-    """Yield a folder that takes the name `folder` when the body is done, or is removed.
-
-    It lies beside `folder`, or, when that is an empty folder already (a mount point, say), inside.
-    """
-    folder = Path(folder).resolve()
-    inside = folder.exists()
-    if inside and not is_empty(folder):
-        raise UserError(f"{folder} is not empty", "remove it, or name another folder")
-    building = folder / ".tmp" if inside else folder.with_name(folder.name + ".tmp")
-    building.mkdir(parents=True, exist_ok=True)
-    with lock(building):
-        for left_over in building.iterdir():  # of a process that was killed
-            if left_over.name != ".lock":
-                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
-        try:
-            yield building
-            if inside:
-                for path in building.glob("[!.]*"):
-                    os.replace(path, folder / path.name)
-            else:
-                os.replace(building, folder)
-                (folder / ".lock").unlink(missing_ok=True)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)  # when the body failed
+    """Yield a folder that takes the name `folder`, which must be new, when the body is done."""
+    folder = Path(folder)
+    refuse_existing(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
+        building = Path(temporary) / folder.name
+        building.mkdir()
+        yield building
+        os.replace(building, folder)
 
 
-@contextlib.contextmanager
-def lock(path):
-    """Within this context no other process gets the lock of a file, or of a folder (its .lock)."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: nothing is locked
-        yield
-        return
-    file = Path(path, ".lock") if Path(path).is_dir() else path
-    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks what is open for writing
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is at work in {path}", "wait for it") from None
-        except OSError:  # some network file systems
-            print(f"{path} cannot be locked: start only one process at a time", file=sys.stderr)
-        yield
-    finally:
-        os.close(handle)
-
-
-def require_space(folder, size):
-    """Make the folder; raise UserError unless `size` bytes are free there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        needed = f"{size / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free"
-        raise UserError(f"{folder}: {needed}", "make room, or choose another folder")
-
-
-def hub_download(repo, name, **options):
-    """The path of a file of the Hugging Face hub, cached in HF_HOME, or in local_dir if given."""
-    hub_logging.set_verbosity_error()  # it would report each failed try
-    try:
-        return Path(hf_hub_download(repo, name, **options))
-    except Exception as error:  # no network, no such file, a full disk: its kinds are many
-        problem = f"{repo}/{name} cannot be downloaded ({type(error).__name__})"
-        raise UserError(problem, "check network and disk, or set HF_ENDPOINT") from error
-
-
-def download(url, path, size=None, digest=None, tries=5, anew=False):
-    """Download `url` to `path`; what was interrupted resumes where it stopped. Returns the path.
-
-    size: bytes, and digest: MD5 or SHA-256 in hexadecimal, are checked when given. tries: how often
-    in a row it may fail without progress. anew: fetch it again, from the first byte. Raises
-    UserError without a network, for a wrong file, or while another process downloads it.
-    """
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    if path.exists() and not anew and size in (None, path.stat().st_size):
-        return path
-    require_space(path.parent, (size or 0) - (part.stat().st_size if part.exists() else 0))
-    otherwise = "get it by other means" if anew else f"put it at {path}"
-    with lock(part):
-        if anew:
-            part.write_bytes(b"")
-        failures = 0
-        while True:
-            before = part.stat().st_size
-            try:
-                fetch_rest(url, part)
-                break
-            except (requests.RequestException, ValueError) as error:  # no network, 5xx, no address
-                failures = 0 if part.stat().st_size > before else failures + 1
-                if failures == tries:
-                    what_to_do = f"check the network, or {otherwise}"
-                    raise UserError(f"{url} cannot be reached", what_to_do) from error
-                time.sleep(2**failures)
-        wrong = size not in (None, part.stat().st_size)
-        if wrong or (digest and file_digest(part, digest) != digest):
-            part.unlink()
-            raise UserError(f"{url} is not the expected file", f"try again, or {otherwise}")
-        os.replace(part, path)
-    return path
-
-
-def fetch_rest(url, part):
-    """Append to `part` what is missing of `url`; requests.RequestException when the line breaks."""
-    done = part.stat().st_size
-    headers = {"Accept-Encoding": "identity", "Range": f"bytes={done}-"}
-    with requests.get(url, stream=True, headers=headers, timeout=30) as answer:
-        if answer.status_code == 416:  # nothing is missing
-            return
-        if answer.status_code in (401, 403, 404, 410):
-            raise UserError(f"{url} answered {answer.status_code}", "get the file by other means")
-        answer.raise_for_status()
-        if answer.status_code != 206:  # the server starts over
-            done = 0
-        total = done + int(answer.headers.get("Content-Length", 0))
-        bar = tqdm(desc=part.stem, initial=done, total=total, unit="B", unit_scale=True,
-                   disable=None)  # None: silent where stderr is not a terminal
-        with open(part, "ab" if done else "wb") as file, bar:
-            for chunk in answer.iter_content(1 << 16):
-                file.write(chunk)
-                bar.update(len(chunk))
-    if part.stat().st_size < total:  # requests does not notice it
-        raise requests.ConnectionError(f"the line broke before {total:,} bytes")
-
-
-def file_digest(path, like):
-    """MD5 or SHA-256 of a file in hexadecimal, whichever is as long as `like`."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "md5" if len(like) == 32 else "sha256").hexdigest()
+def refuse_existing(*paths):
+    """UserError for an output (None: there is none) that exists already, or is named twice."""
+    for path in filter(None, paths):
+        if Path(path).exists() or paths.count(path) > 1:
+            raise UserError(f"{path} is there already, or named twice", "name another")
 
 
 if __name__ == "__main__":

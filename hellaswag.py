@@ -23,9 +23,10 @@ ripping level tiles off." / "is holding a rubik's cube." / "starts pulling up ro
 Published for OpenAI's GPT-2 124M: token mean acc 0.2859, acc_norm 0.2955; harness acc 0.2892,
 acc_norm 0.3114. With 10,042 items the standard error is 0.0046.
 
-This file has the items and the counting; train_gpt2.py computes the losses of the endings (see its
-chapter 6, packing). To read, in three minutes: what the model reads, and the two ways to count.
+This file has the items and the counting. To read, in three minutes: what the model reads, how
+likely it finds an ending, and the two ways to count.
 """
+import hashlib
 import json
 import math
 import random
@@ -34,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import requests
 
 import fineweb
 from fineweb import UserError
@@ -54,24 +56,11 @@ class Item:
 
 def render(example, tokenizer, method="token mean"):
     """An example as token ids; the context and each ending are tokenized by themselves."""
-    encode = tokenizer.encode_ordinary
-    if method == "token mean":
-        tokens = [encode(f" {ending}") for ending in example["endings"]]
-        return Item(encode(example["ctx"]), tokens, [*map(len, tokens)], example["label"])
-    begin = f"{example['activity_label']}: {example['ctx_a']} {example['ctx_b'].capitalize()}"
-    context = clean(begin)
-    endings = [clean(ending) for ending in example["endings"]]
-    spaces = context[len(context.rstrip()) :]  # the harness moves them to the endings
-    tokens = [encode(f"{spaces} {ending}") for ending in endings]
-    lengths = [max(len(ending), 1) for ending in endings]  # in characters
-    context = encode(context.rstrip()) or [tokenizer.eot_token]  # something has to stand there
-    return Item(context, tokens, lengths, example["label"])
-
-
-def clean(text):
-    """The harness's removal of WikiHow's markers."""
-    text = text.strip().replace(" [title]", ". ")
-    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+    if method == "harness":
+        return render_harness(example, tokenizer)
+    context = tokenizer.encode_ordinary(example["ctx"])
+    endings = [tokenizer.encode_ordinary(f" {ending}") for ending in example["endings"]]
+    return Item(context, endings, [*map(len, endings)], example["label"])
 
 
 # -----------------------------------------------------------------------------
@@ -79,7 +68,19 @@ def clean(text):
 
 
 def count_correct(items, losses):
-    """How many items are right by summed loss and by loss / length. losses: (items, 4), in nats."""
+    """How many items are right by summed loss and by loss / length. losses: (items, 4), in nats.
+
+    The loss of an ending is how surprised the model is by its tokens, after the context:
+
+        idx = torch.tensor([item.context + ending])                            # (1, T)
+        logits, _ = model(idx)                                                 # (1, T, V)
+        log_p = logits[0, :-1].log_softmax(-1)                                 # of the next token
+        log_p = log_p.gather(1, idx[0, 1:, None])                              # of the right one
+        loss = -log_p[-len(ending):].sum()
+
+    train_gpt2.py's ending_losses() computes the context only once for its four endings (chapter 7,
+    packing; tested by test_endings_have_the_losses_of_one_at_a_time).
+    """
     losses = np.asarray(losses, dtype=np.float64).reshape(-1, 4)
     labels = np.array([item.label for item in items], dtype=int)
     lengths = np.array([item.lengths for item in items]).reshape(-1, 4)
@@ -91,6 +92,29 @@ def count_correct(items, losses):
 # =============================================================================
 # From here on: tooling, for reference
 # =============================================================================
+# The harness's rendering
+
+
+def render_harness(example, tokenizer):
+    """render() as lm-evaluation-harness does it."""
+    begin = f"{example['activity_label']}: {example['ctx_a']} {example['ctx_b'].capitalize()}"
+    context = clean(begin)
+    endings = [clean(ending) for ending in example["endings"]]
+    spaces = context[len(context.rstrip()) :]  # the harness moves them to the endings
+    tokens = [tokenizer.encode_ordinary(f"{spaces} {ending}") for ending in endings]
+    lengths = [max(len(ending), 1) for ending in endings]  # in characters
+    # something has to stand before an ending
+    context = tokenizer.encode_ordinary(context.rstrip()) or [tokenizer.eot_token]
+    return Item(context, tokens, lengths, example["label"])
+
+
+def clean(text):
+    """The harness's removal of WikiHow's markers."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+# -----------------------------------------------------------------------------
 # The items, the report
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -99,11 +123,16 @@ FILE = Path("data/hellaswag/hellaswag_val.jsonl")
 
 
 def load_examples():
-    """The published validation items, downloaded once; UserError when they cannot be had."""
-    path = fineweb.download(URL, FILE, digest=SHA256)
-    if fineweb.file_digest(path, SHA256) != SHA256:
-        raise UserError(f"{path} is not the published file", "remove it")
-    return [json.loads(line) for line in path.read_bytes().splitlines()]
+    """The published validation items, downloaded once (12 MB); an OSError without a network."""
+    if not FILE.exists():
+        answer = requests.get(URL, timeout=30)
+        answer.raise_for_status()
+        with fineweb.atomic_write(FILE) as file:
+            file.write(answer.content)
+    content = FILE.read_bytes()
+    if hashlib.sha256(content).hexdigest() != SHA256:
+        raise UserError(f"{FILE} is not the published file", "remove it, and try again")
+    return [json.loads(line) for line in content.splitlines()]
 
 
 def subset(examples, limit):
@@ -123,9 +152,9 @@ def report(acc, acc_norm, count, method):
 
 def main():
     """The command at the top of this file."""
-    fineweb.ArgumentParser(__doc__).parse_args()
+    fineweb.make_parser(__doc__).parse_args()
     examples = load_examples()
-    tokenizer = fineweb.get_tokenizer("gpt2")
+    tokenizer = fineweb.get_tokenizer(50257)
     print(f"{len(examples):,} items. The first one:")
     for method in ("token mean", "harness"):
         item = render(examples[0], tokenizer, method)

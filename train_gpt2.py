@@ -2,25 +2,27 @@
 GPT-2 from scratch: the model, how it is trained, and what can be done with it.
 
     python train_gpt2.py                              train: toy data; with a GPU and shards, 124M
+    python train_gpt2.py --init gpt2 --data DIR       train OpenAI's weights further, on your text
     python train_gpt2.py --sample "Once upon a time"  continue a text
     python train_gpt2.py --eval                       validation loss and HellaSwag
     python train_gpt2.py --export-hf DIR              a folder that transformers loads
     torchrun --nproc_per_node=8 train_gpt2.py ...     the same run on eight GPUs
 
 The same command continues an interrupted run. A run lives in runs/<preset>/: ckpt.pt, log.csv,
-curves.png, samples.txt.
+curves.png, and best.safetensors, of the lowest validation loss, where text is read again and again.
 
 The toy run is not GPT-2's recipe: in its few minutes it learns to look things up only with Muon, a
-rate that is flat, then falls linearly, and positions that begin as sinusoids (chapters 4 and 7).
-`--preset gpt2` is GPT-3's recipe: AdamW, a cosine, positions that begin at random.
+rate that is flat, then falls linearly, and positions that begin as sinusoids (chapters 4 and 6).
+`--preset gpt2` has GPT-3's rates, shortened to 10 B tokens: AdamW, a cosine, random positions.
 
-To read, in an evening: 1 the model, 2 generation, 3 data, 4 the recipe, 5 training, 6 packing,
-7 Muon and sinusoids. After the banner, for another evening: the loss in chunks. For reference:
-evaluation, using a model, devices and processes, the folder of a run, the command line.
+To read, in an evening: 1 the model, 2 generation, 3 data, 4 the recipe, 5 training, 6 Muon and
+sinusoids; and, before caption.py, 7 packing. After the banner, for another evening: the loss in
+chunks, and how OpenAI's weights are read (from_pretrained). For reference: evaluation, devices and
+processes, the folder of a run, the command line.
 
 Letters beside the code: B batch, T time (tokens), C width, nh heads, hs head size, V vocabulary,
 P prefix, N targets of a row. GPT-2: Radford et al. 2019, which tells little of how it was trained;
-the recipe is GPT-3's (Brown et al. 2020).
+rates and betas are GPT-3's (Brown et al. 2020).
 """
 import contextlib
 import csv
@@ -32,27 +34,26 @@ import json
 import math
 import os
 import pickle
-import re
 import shlex
 import signal
 import sys
 import time
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import filelock
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save, save_file
+from tiktoken.load import read_file_cached
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import fineweb
@@ -73,7 +74,7 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     init_std: float = 0.02
-    sinusoids: bool = False  # positions begin as waves (chapter 7)
+    sinusoids: bool = False  # positions begin as waves (chapter 6)
 
 
 class CausalSelfAttention(nn.Module):
@@ -99,26 +100,28 @@ class CausalSelfAttention(nn.Module):
         return self.c_proj(y)
 
 
-recorded = None  # a list only while caption.py draws attention: the plain form adds its weights
-
-
 def attention(q, k, v, mask=None, is_causal=False):
     """For each query the mean of the values, weighted by how well their keys match it.
 
-    All are (B, nh, length, hs). FlashAttention (Dao et al. 2022) computes the same as the plain
-    form below, but in tiles, and never stores the scores; PyTorch chooses it on GPUs (tested by
-    test_decoder_equals_a_plain_float64_one and test_recorded_attention_is_the_fused_one).
-    """
-    if recorded is None:  # nearly always
-        return fused_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, nh, queries, keys)
-    if is_causal:
-        mask = torch.ones_like(scores, dtype=torch.bool).tril()  # causal mask: not the future
-    if mask is not None:
+    All are (B, nh, length, hs); mask is True where a query may see a key. The plain form:
+
+        scores = q @ k.transpose(-2, -1) / math.sqrt(hs)            # (B, nh, queries, keys)
+        if is_causal:
+            mask = torch.ones_like(scores, dtype=torch.bool).tril()  # causal mask: not the future
         scores = scores.masked_fill(~mask, -math.inf)
-    weights = scores.softmax(dim=-1)
-    recorded.append(weights)
-    return weights @ v
+        return scores.softmax(dim=-1) @ v
+
+    FlashAttention (Dao et al. 2022) computes the same in tiles, and never stores the scores;
+    PyTorch chooses it on GPUs (tested by test_decoder_equals_a_plain_float64_one).
+    """
+    options = {"attn_mask": mask, "is_causal": is_causal}
+    if q.device.type == "cpu" and q.size(2) < 512:  # short on a CPU: bf16 is 5 times slower
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
+    if mask is not None or q.size(2) != k.size(2):  # many shapes: cuDNN would plan each for .4 s
+        with sdpa_kernel(FAST_SDPA):
+            return F.scaled_dot_product_attention(q, k, v, **options)
+    return F.scaled_dot_product_attention(q, k, v, **options)
 
 
 class MLP(nn.Module):
@@ -135,7 +138,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention gathers from other positions, the MLP works on each position by itself."""
+    """Attention gathers from other positions, the MLP works on each position by itself.
+
+    GPT-2 also had dropout, against learning text by heart; text that is seen once needs none.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -161,7 +167,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)  # of positions, learned
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5)
-        # weight tying: there is no separate head, logits() uses the token table (Press & Wolf 2017)
+        self.frozen_head = None  # only while nothing is trained: see freeze()
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 # residual scaling: 2 * n_layer of these add up in x (GPT-2, section 2.3)
@@ -186,32 +192,44 @@ class GPT(nn.Module):
             positions = torch.arange(idx.size(1), device=idx.device)
         return self.wte(idx) + self.wpe(positions)
 
-    def hidden_states(self, x, mask=None, cache=None, before_block=None):
+    def hidden_states(self, x, mask=None, cache=None):
         """Vectors (B, T, C) through all blocks: hidden states (B, T, C).
 
         Generation gives a KVCache for each block (chapter 2); packing a mask (B, 1, T, T), True
-        where a position may attend (chapter 6); caption.py a function (i, x) -> x before block i.
+        where a position may attend (chapter 7).
         """
         for i, block in enumerate(self.h):
-            if before_block is not None:
-                x = before_block(i, x)
             x = block(x, mask, cache[i] if cache else None)
         return self.ln_f(x)
 
+    def head(self):
+        """The table (V, C) that hidden states are compared with.
+
+        Weight tying: it is that of the tokens, there is no other (Press & Wolf 2017).
+        """
+        return self.wte.weight if self.frozen_head is None else self.frozen_head
+
     def logits(self, h):
         """Hidden states (..., C) to logits (..., V), without the unused rows of the table."""
-        return F.linear(h, self.wte.weight)[..., : self.config.vocab_size]
+        return F.linear(h, self.head())[..., : self.config.vocab_size]
 
-    def loss(self, h, targets, reduction="mean"):
+    def loss(self, h, targets):
         """Cross-entropy in nats: how surprised the model is by the targets (B, T). The plain form:
 
             logits = self.logits(h)                                       # (B, T, V)
             return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-        These logits take 13 GB for 64 x 1024 tokens; "The loss in chunks", behind the banner, keeps
-        only a thirtieth at a time. reduction: "mean", "sum", or "none" for each target.
+        The logits of 64 x 1024 tokens take 13 GB; "The loss in chunks", behind the banner, keeps
+        only a thirtieth at a time. A target of -100 does not count.
         """
-        return cross_entropy(h, self.wte.weight, targets, self.config.vocab_size, reduction)
+        return cross_entropy(h, self.head(), targets, self.config.vocab_size)
+
+    def losses(self, h, targets):
+        """The cross-entropy of each target, (B, T), by the plain form, row by row."""
+        rows = []
+        for h_row, target in zip(h, targets, strict=True):
+            rows.append(F.cross_entropy(self.logits(h_row).float(), target, reduction="none"))
+        return torch.stack(rows)
 
 
 # -----------------------------------------------------------------------------
@@ -234,7 +252,7 @@ class KVCache:
 
 
 @torch.no_grad()
-def generate(model, idx, max_new_tokens, prefix=None, stop=-1, before_block=None, **sampling):
+def generate(model, idx, max_new_tokens, stop=-1, **sampling):
     """Continue token ids (B, T) by up to max_new_tokens: (B, T + new). The plain form:
 
         for _ in range(max_new_tokens):
@@ -245,11 +263,9 @@ def generate(model, idx, max_new_tokens, prefix=None, stop=-1, before_block=None
     Here a KV cache keeps what was computed, and a full context drops its older half, not one token
     (tested by test_cached_equals_uncached_beyond_the_context).
     stop: a token that ends its row, which is then filled up with it (-1: none). sampling: see
-    sample_token(). For captions, to be skipped at first: prefix, vectors (B, P, C) before the ids,
-    which then begin at position P (idx may be (B, 0)); before_block, see GPT.hidden_states().
+    sample_token().
     """
-    P = 0 if prefix is None else prefix.size(1)
-    room = model.config.block_size - P
+    room = model.config.block_size
     running = torch.ones(len(idx), dtype=torch.bool, device=idx.device)
     context = idx[:, -room:]
     cache = None
@@ -259,15 +275,13 @@ def generate(model, idx, max_new_tokens, prefix=None, stop=-1, before_block=None
             # and compute the rest again, which happens only once in room / 2 tokens
             context = context[:, -max(1, room // 2) :]
             cache = None
-        positions = torch.arange(P, P + context.size(1), device=idx.device)
+        positions = torch.arange(context.size(1), device=idx.device)
         if cache is None:  # prefill: keys and values of the whole context
             cache = [KVCache() for _ in model.h]
             x = model.embed(context, positions)  # (B, T, C)
-            if prefix is not None:
-                x = torch.cat([prefix, x], dim=1)  # (B, P + T, C)
         else:  # decode: only the newest token
             x = model.embed(context[:, -1:], positions[-1:])  # (B, 1, C)
-        h = model.hidden_states(x, cache=cache, before_block=before_block)
+        h = model.hidden_states(x, cache=cache)
         token = sample_token(model.logits(h[:, -1]).float(), **sampling)  # (B,)
         token = torch.where(running, token, stop)
         running &= token != stop
@@ -303,55 +317,47 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 # -----------------------------------------------------------------------------
 # 3. Data
 #
-# The shards of a split are one long row of tokens, t0 t1 t2 ... It is cut into windows of T inputs;
-# the targets are the same tokens, one place on. Each position predicts from what it sees so far:
+# A shard is one long row of tokens, t0 t1 t2 ... It is cut into windows of T inputs; the targets
+# are the same tokens, one place on. Each position predicts from what it sees so far:
 #
 #     inputs  x     t0  t1  t2  t3  |  t4  t5  t6  t7  |  ...        T = 4
 #     targets y     t1  t2  t3  t4  |  t5  t6  t7  t8  |  ...
+#
+# A window may hold parts of several documents. Attention crosses their borders; <|endoftext|> tells
+# the model that what stands before it belongs to another one.
 #
 # An epoch is all windows in a random order that depends on (seed, epoch) alone. So any step of any
 # run can be computed by itself, on any number of processes, and an interrupted run resumes exactly.
 
 
 class TokenDataset:
-    """The tokens of several shards in a row, memory-mapped."""
+    """Windows of T + 1 tokens, cut from shards that are memory-mapped.
 
-    def __init__(self, paths):
-        self.paths = [Path(path) for path in paths]
-        self.shards = [fineweb.read_shard(path) for path in paths]
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
-        if len(self) < 2:
-            folder = self.paths[0].parent
-            raise UserError(f"{folder} has shards without text", "make them again (fineweb.py)")
+    They do not cross shards: the last tokens of a shard, fewer than T, are not used.
+    """
+
+    def __init__(self, paths, config):
+        self.T = config.block_size
+        self.shards = [fineweb.read_shard(path, config.vocab_size) for path in paths]
+        self.ends = np.cumsum([max(len(shard) - 1, 0) // self.T for shard in self.shards])
+        if len(self) == 0:
+            problem = f"{paths[0]} has less than a window of {self.T:,} tokens"
+            raise UserError(problem, "get more text, or take a smaller --preset")
 
     def __len__(self):
+        """The number of windows."""
         return int(self.ends[-1])
 
-    def read(self, start, stop):
-        """Tokens start ... stop - 1 (int64), across shards; fewer where the row ends."""
-        parts = []
-        for shard, end in zip(self.shards, self.ends, strict=True):
-            begin = int(end) - len(shard)
-            if start < end and begin < stop:
-                parts.append(shard[max(start - begin, 0) : stop - begin])
-        return np.concatenate(parts).astype(np.int64)
-
-    def num_windows(self, T):
-        """Windows of T inputs; each token but the first is a target in exactly one of them."""
-        return math.ceil((len(self) - 1) / T)
-
-    def get_batch(self, windows, T, vocab_size):
-        """Inputs (B, T) of these windows, and as targets the next tokens; -100 after the end."""
-        x = torch.zeros(len(windows), T, dtype=torch.long)
-        y = torch.full((len(windows), T), -100)
-        for row, window in enumerate(windows):
-            tokens = torch.from_numpy(self.read(window * T, window * T + T + 1))
-            if tokens.max() >= vocab_size:
-                problem = f"{self.paths[0].parent} has token {tokens.max()} of {vocab_size:,}"
-                raise UserError(problem, "its shards are for another tokenizer")
-            x[row, : len(tokens[:T])] = tokens[:T]
-            y[row, : len(tokens) - 1] = tokens[1:]
-        return x, y
+    def get_batch(self, windows):
+        """Inputs (B, T) of these windows, and as targets (B, T) the next tokens."""
+        rows = []
+        for window in windows:
+            i = np.searchsorted(self.ends, window, side="right")  # its shard
+            first = self.ends[i - 1] if i else 0  # window of that shard
+            begin = (window - first) * self.T
+            rows.append(self.shards[i][begin : begin + self.T + 1])
+        tokens = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
+        return tokens[:, :-1], tokens[:, 1:]
 
 
 @functools.lru_cache(maxsize=2)
@@ -366,24 +372,21 @@ def step_indices(seed, step, batch_size, size):
     return np.array([epoch_order(seed, int(p // size), size)[p % size] for p in places])
 
 
-def get_micro_batches(dataset, recipe, seed, config, step):
-    """This process's part of a step: [(x (B, T), y (B, T), share of the step's targets), ...].
+def get_micro_batches(dataset, recipe, seed, step):
+    """A step's windows, in micro-batches that fit into memory: [(x, y, share of the step), ...].
 
-    Several processes (ranks) may train together: each takes its slice of the step's windows, and
-    cuts it into micro-batches that fit into its memory.
+    Where several processes train together, each has a part of them: with 512 windows in
+    micro-batches of 16, both of two have 16, whose shares are 16 / 512 each.
     """
-    T = config.block_size
-    windows = step_indices(seed, step, recipe.batch_size // T, dataset.num_windows(T))
-    targets = np.minimum(len(dataset) - 1 - windows * T, T).sum()  # T each, but for the last window
+    windows = step_indices(seed, step, recipe.batch_size // dataset.T, len(dataset))
     batches = []
     for part in share_out(windows, recipe):
-        x, y = pin(*dataset.get_batch(part, T, config.vocab_size))  # quick to copy to a GPU
-        batches.append((x, y, (y >= 0).sum().item() / targets))
+        batches.append((*dataset.get_batch(part), len(part) / len(windows)))
     return batches
 
 
 def share_out(chosen, recipe):
-    """This rank's windows (or pictures) of a step, in parts that are computed at once."""
+    """This process's windows (or pictures) of a step, in parts that are computed at once."""
     mine = np.array_split(chosen, world_size())[rank()]
     return np.array_split(mine, math.ceil(len(mine) / recipe.micro_batch))
 
@@ -411,8 +414,8 @@ class Recipe:
 
 
 PRESETS = {  # T, V, layers, heads, C
-    # 0.9 M parameters, for the toy data (with an init_std of .02 its loss stays on a plateau);
-    # 16 M, for real text on a CPU
+    # 0.9 M parameters, for the toy data (seen, not explained: with an init_std of .02 its loss
+    # stays on a plateau); 16 M, for real text on a CPU
     "tiny": GPTConfig(fineweb.TOY_BLOCK, 431, 4, 4, 128, init_std=0.06, sinusoids=True),
     "small": GPTConfig(256, 50257, 4, 4, 256, init_std=0.04),
     # OpenAI's four sizes: 124 M (with two recipes), 355 M, 774 M and 1,558 M
@@ -428,8 +431,8 @@ RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up steps
     "tiny": Recipe(1_900, 1_536, 24, 1e-3, 40, cooldown=0.5, muon=20,
                    eval_every=190, eval_tokens=20_480),
     "small": Recipe(500, 8_192, 16, 2e-3, 50, eval_every=50, eval_tokens=16_384),
-    # GPT-3's recipe: 19,073 steps of 524,288 tokens are 10.0 B, 715 of them 375 M. The larger sizes
-    # have GPT-3's rates, and the same steps (its XL had steps of 1 M tokens)
+    # GPT-3's rates and betas, shortened to 10 B tokens, 375 M of them to warm up. GPT-3 read 300 B,
+    # with a context of 2,048 and a batch that grew
     "gpt2": Recipe(19_073, 524_288, 16, 6e-4, 715),
     # Not yet run at full size. 4.5 B tokens with Muon at .01, a flat rate, then linear, no decay:
     # near record 4 of modded-nanogpt, which reached the 3.28 on FineWeb of llm.c's 10 B tokens with
@@ -438,6 +441,8 @@ RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up steps
     "gpt2-medium": Recipe(19_073, 524_288, 8, 3e-4, 715),
     "gpt2-large": Recipe(19_073, 524_288, 4, 2.5e-4, 715),
     "gpt2-xl": Recipe(19_073, 524_288, 2, 2e-4, 715),
+    # for --init: few steps, and a low rate that falls to a tenth, so that little is forgotten
+    "fine-tune": Recipe(200, 32_768, 4, 3e-5, 10, eval_every=20, eval_tokens=65_536, log_every=5),
 }
 
 
@@ -445,7 +450,8 @@ def get_lr(step, recipe):
     """The learning rate of a step: a cosine (Brown et al. 2020, appendix B), or flat, then linear.
 
     A high rate gets far, but the weights bounce about: the loss drops when the rate is lowered,
-    whenever that is. So the second (Zhai et al. 2021, section 3.5) lowers it only near the end.
+    whenever that is. So the flat-then-linear one (Zhai et al. 2021, section 3.5) lowers it only
+    near the end.
     """
     # 1) linear warm-up: AdamW's first steps are of full length, however little is known by then
     if step < recipe.warmup_steps:
@@ -460,265 +466,168 @@ def get_lr(step, recipe):
 
 
 def configure_optimizer(model, recipe):
-    """AdamW (Loshchilov & Hutter 2019); if recipe.muon, Muon for the linear layers' matrices.
+    """AdamW (Loshchilov & Hutter 2019) for what is trained; with recipe.muon see chapter 6.
 
     AdamW divides each number's step by the usual size of its gradient. betas: how long it
     remembers the gradient (10 steps) and its size (20 steps).
     """
-    groups = {}
-    for module in model.modules():
-        is_linear = isinstance(module, (nn.Linear, nn.MultiheadAttention))
-        for p in module.parameters(recurse=False):
-            if p.requires_grad:
-                decay = recipe.weight_decay if p.dim() >= 2 else 0.0  # not biases and LayerNorms
-                muon = recipe.muon > 0 and is_linear and p.dim() == 2
-                scale = recipe.muon if muon else 1.0
-                group = {"params": [], "weight_decay": decay, "lr_scale": scale, "muon": muon}
-                groups.setdefault((decay, muon), group)["params"].append(p)
-    optimizer = Muon if recipe.muon else torch.optim.AdamW
-    return optimizer(list(groups.values()), lr=recipe.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    options = {"lr": recipe.lr, "betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
+    if recipe.muon:
+        return Muon(muon_groups(model, recipe), **options)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() >= 2]
+    vectors = [p for p in trained if p.dim() < 2]  # biases and LayerNorms: no weight decay
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay, "lr_scale": 1.0},
+              {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0}]
+    return torch.optim.AdamW(groups, **options)
 
 
 # -----------------------------------------------------------------------------
 # 5. Training
 
 
-def train_step(model, optimizer, micro_batches, recipe, device):
-    """One update of the weights from this rank's micro-batches: (loss, norm of the gradient).
+def train_step(model, optimizer, micro_batches, recipe, device, stop=False):
+    """One update of the weights: (loss, norm of the gradient, whether to stop).
 
     Gradient accumulation: backward() adds to .grad, so the gradients of the micro-batches, each
     weighted by its share of the step's targets, add up to that of the whole batch (tested by
-    test_micro_batches_add_up). A loss that is not finite leaves the weights as they are.
+    test_micro_batches_add_up). Several processes (ranks) each add up their own; then all_reduce
+    sums these over all ranks, so that all make the same update. stop: whether this rank was asked
+    to; all get the same answer. A loss that is not finite leaves the weights as they are.
 
     Mixed precision: weights, gradients and sums are fp32; autocast casts the inputs of matrix
     products to bf16, numbers of 16 bits with the range of fp32 but only 8 bits of precision.
     """
-    total = torch.zeros((), device=device)
-    for i, (*inputs, share) in enumerate(micro_batches):
-        inputs = [x.to(device, non_blocking=True) for x in inputs]
-        # with several ranks DistributedDataParallel (DDP) averages their gradients in backward()
-        # (all-reduce), so that all make the same update; only the last micro-batch needs that
-        sync = i == len(micro_batches) - 1 or world_size() == 1
-        with contextlib.nullcontext() if sync else model.no_sync():
-            with autocast(device):
-                _, loss = model(*inputs)
-            # share is of the whole step, so what we need is the sum over ranks, not the average
-            (loss * share * world_size()).backward()
-        total += loss.detach() * share
+    sums = torch.tensor([0.0, stop], device=device)  # over micro-batches and ranks
+    micro_batches = [([x.to(device) for x in inputs], share) for *inputs, share in micro_batches]
+    for inputs, share in micro_batches:
+        with autocast(device):
+            _, loss = model(*inputs)
+        (loss * share).backward()
+        sums[0] += loss.detach() * share
+    if world_size() > 1:
+        for p in model.parameters():
+            if p.grad is not None:
+                dist.all_reduce(p.grad)
     norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)  # gradient clipping
-    loss, norm = torch.stack([all_reduce(total), norm]).tolist()  # here the CPU waits for the GPU
+    loss, stop, norm = torch.cat([all_reduce(sums), norm[None]]).tolist()  # waits for the GPU
     if math.isfinite(loss + norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss, norm
+    return loss, norm, stop > 0
 
 
 @torch.no_grad()
-def validate(model, config, val_sets, tokenizer, eval_tokens, batch, device):
+def validate(model, val_sets, tokenizer, eval_tokens, batch, device):
     """Print the mean loss over text that is never trained on; returns columns of the log.
 
     In nats per token, and in bits per byte of text, which can be compared between tokenizers.
     val_sets: {name: TokenDataset}, of each the first eval_tokens. batch: windows at once.
     """
-    T = config.block_size
     pieces = [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab)]
     num_bytes = torch.tensor([*map(len, pieces)])  # of each token
     num_bytes[tokenizer.eot_token] = 0
     row = {}
     for name, dataset in val_sets.items():
-        count = max(1, min(dataset.num_windows(T), eval_tokens // T))
+        count = max(1, min(len(dataset), eval_tokens // dataset.T))
         windows = np.arange(count)[rank() :: world_size()]  # this rank's
         sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
-        for i in range(0, len(windows), batch):
-            x, y = dataset.get_batch(windows[i : i + batch], T, config.vocab_size)
+        for i in progress(range(0, len(windows), batch), f"validation {name}"):
+            x, y = dataset.get_batch(windows[i : i + batch])
             with autocast(device):
                 _, loss = model(x.to(device), y.to(device))
-            y = y[y >= 0]
-            sums += torch.tensor([loss.item() * len(y), len(y), num_bytes[y].sum().item()])
+            sums += torch.tensor([loss.item() * y.numel(), y.numel(), num_bytes[y].sum().item()])
         nats, tokens, size = all_reduce(sums.to(device)).tolist()  # over all ranks
         row[f"val_{name}"] = loss = nats / tokens
         bits = nats / math.log(2) / max(size, 1)
         measure = f"{loss:.4f} nats per token, {bits:.3f} bits per byte"
-        print(f"           {name} {measure}, of {tokens:,.0f} tokens")
+        print(f"           {name} {measure}, of {tokens:,.0f} tokens", flush=True)
     return row
 
 
-def train(preset, data, out, recipe, seed=0, restart=False):
-    """Train a preset on the shards in `data`, or go on with the run in `out`. The loop below:
+def fit(run, model, batches, evaluate, device):
+    """The training loop, here and in caption.py: from run.step to the last step of run.recipe.
 
-        for each step:
-            every recipe.eval_every steps        validation loss, HellaSwag, checkpoint, curves
-            lr = get_lr(step)
-            loss = train_step(micro-batches)     forward, backward, add up, clip, update
-            every recipe.log_every steps         a line on the screen and in log.csv
-            after Ctrl-C                         save, leave; the same command goes on from here
+    run: the folder, with the weights and their optimizer. model(*inputs) gives (_, loss). batches:
+    yields (step, micro-batches). evaluate(): prints losses, and returns columns of the log.
+    """
+    recipe = run.recipe
+    for step, micro_batches in batches:
+        if step % recipe.eval_every == 0 and (step or run.began_trained):
+            run.save()  # before the evaluation, which takes a while
+            run.record(evaluate())  # log.csv, curves.png; the best weights so far are kept
+        lr = get_lr(step, recipe)
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        result = train_step(model, run.optimizer, micro_batches, recipe, device, run.asked_to_stop)
+        run.end_step(lr, *result)  # a line now and then; after Ctrl-C save, and leave
+    run.save()
+    run.record(evaluate())
+    run.finish()
+
+
+def train(preset, data, out, recipe, seed=0, init=None):
+    """Train a preset on the shards in `data`, or go on with the run in `out`.
+
+    init: instead of random weights, those of a trained model, as load_model() names it.
     """
     device = pick_device()
-    config = PRESETS[preset]
-    train_set, val_sets, tokenizer = open_data(data, config)
     torch.manual_seed(seed)
-    model = GPT(config).to(device)
+    model = GPT(PRESETS[preset]) if init is None else load_model(init)[0]
+    model.to(device).train()
+    config = model.config
+    tokenizer = fineweb.get_tokenizer(config.vocab_size)
+    train_set, val_sets = open_data(data, config)
     optimizer = configure_optimizer(model, recipe)
     identity = {  # what must stay the same when the run is resumed
-        "preset": preset,
-        "tokenizer": tokenizer.name,
-        "data": digest(train_set),
+        "shape": str(config),
+        "optimizer": type(optimizer).__name__,
         "seed": seed,
-        "batch_size": recipe.batch_size,
+        "batch size": recipe.batch_size,
+        "digest of data": digest(train_set),
+        "digest of first weights": fingerprint(model) if init else "",
     }
-    run = Run(out, identity, recipe, "tokens", restart)
-    run.resume(model, optimizer)  # from ckpt.pt, if there is one
-    describe(run, preset, data, model, train_set, device)  # what will be done, on the screen
-    items = load_hellaswag(tokenizer) if preset.startswith("gpt2") else []
-    parallel = parallelize(model)  # the same weights, in DDP and torch.compile where they apply
-    get_batches = functools.partial(get_micro_batches, train_set, recipe, seed, config)
-
-    def evaluate():
-        row = validate(parallel, config, val_sets, tokenizer, recipe.eval_tokens,
-                       recipe.micro_batch, device)
-        if items and run.step >= recipe.eval_every:  # a trial of 20 steps need not wait for it
-            row["hellaswag"] = evaluate_hellaswag(model, items, device)["acc_norm"]
-        return row
-
-    with run:  # notes Ctrl-C; keeps other processes out of the folder
-        # for step in range(run.step, recipe.max_steps): batches = get_batches(step), by threads
-        for step, batches in prefetch(get_batches, run.step, recipe.max_steps):
-            if step and step % recipe.eval_every == 0:
-                run.record(evaluate(), model, optimizer)  # log.csv, ckpt.pt, curves.png
-            lr = get_lr(step, recipe)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_scale"]
-            loss, norm = train_step(parallel, optimizer, batches, recipe, device)
-            run.count_step(loss, norm)  # run.step is now step + 1: the finished steps
-            stop = run.stop_requested()  # by Ctrl-C, on any rank
-            if stop or run.step % recipe.log_every == 0 or run.step in (1, recipe.max_steps):
-                run.progress(loss, lr, norm, flops_per_token(config))
-            if stop:
-                run.save_and_exit(model, optimizer)
+    epochs = recipe.max_steps * recipe.batch_size / (len(train_set) * train_set.T)
+    run = Run(out, model, optimizer, recipe, identity, about={"config": asdict(config)},
+              keep_best=epochs >= 2, began_trained=init is not None)
+    with run:  # takes the folder for itself; goes on from its checkpoint; notes Ctrl-C
+        describe(run, preset, data, epochs, device)
         if not run.finished:
-            run.record(evaluate(), model, optimizer)
+            items = load_hellaswag(tokenizer) if preset.startswith("gpt2") else []
+            fast_model = compiled(model)
+            get_batches = functools.partial(get_micro_batches, train_set, recipe, seed)
+
+            def evaluate():
+                with frozen_head(model):
+                    row = validate(fast_model, val_sets, tokenizer, recipe.eval_tokens,
+                                   recipe.micro_batch, device)
+                    if items and run.step >= recipe.eval_every:  # not in a trial of 20 steps
+                        row["hellaswag"] = evaluate_hellaswag(model, items, device)
+                return row
+
+            # (step, get_batches(step)) for run.step ... max_steps - 1, prepared by threads
+            batches = prefetch(get_batches, run.step, recipe.max_steps)
+            fit(run, fast_model, batches, evaluate, device)
     if rank() == 0:
-        finish(run, model, tokenizer)  # samples, and what to do next
+        show_samples(run)
 
 
 # -----------------------------------------------------------------------------
-# 6. Packing: several continuations of one beginning
-#
-# Four endings follow the context of a HellaSwag item, five captions follow a picture. The plain way
-# computes the beginning again for each of them:
-#
-#     c1 c2 c3 a1 a2
-#     c1 c2 c3 b1 b2 b3
-#
-# Packed, they share it (a2 and b3 are only predicted). Each token sees the beginning and its own
-# continuation, and is at the position that it would have alone:
-#
-#     token                c1 c2 c3 a1 b1 b2
-#     position              0  1  2  3  3  4
-#
-#                    keys  c1 c2 c3 a1 b1 b2       predicts
-#     query  c1             x  .  .  .  .  .
-#            c2             x  x  .  .  .  .
-#            c3             x  x  x  .  .  .       a1, and b1
-#            a1             x  x  x  x  .  .       a2
-#            b1             x  x  x  .  x  .       b2
-#            b2             x  x  x  .  x  x       b3
-
-
-@dataclass
-class Packed:
-    """Several continuations of one beginning, in one sequence of P + T positions; see pack().
-
-    P vectors that are no tokens (a picture's prefix) may stand first; idx and positions leave them
-    out, mask and source count them.
-    """
-
-    idx: torch.Tensor  # (B, T) token ids
-    positions: torch.Tensor  # (B, T)
-    mask: torch.Tensor  # (B, 1, P + T, P + T), True where a query (row) may see a key (column)
-    source: torch.Tensor  # (B, N), the place whose hidden state predicts a target
-    targets: torch.Tensor  # (B, N), -100 where there is none
-    owner: torch.Tensor  # (B, N), the continuation of a target, -1 where there is none
-
-    def to(self, device, **options):
-        return Packed(*(t.to(device, **options) for t in vars(self).values()))
-
-    def pin_memory(self):
-        return Packed(*(t.pin_memory() for t in vars(self).values()))
-
-    def at_source(self, h):
-        """The hidden states (B, N, C), out of (B, P + T, C), that predict the targets."""
-        return h.gather(1, self.source[:, :, None].expand(-1, -1, h.size(2)))
-
-
-def pack(rows, P=0):
-    """Pack rows of (beginning, [continuation, ...]), all of token ids, after P vectors.
-
-    The beginning is part 0, continuation k is part k + 1. For the example above, with P = 0:
-
-        a column for each token            a column for each target
-        token     c1 c2 c3 a1 b1 b2        target    a1 a2 b1 b2 b3
-        part       0  0  0  1  2  2        source     2  3  2  4  5
-                                           owner      0  0  1  1  1
-
-    The losses are then (tested by test_packed_continuations_have_the_losses_of_separate_ones)
-
-        h = model.hidden_states(model.embed(packed.idx, packed.positions), packed.mask)
-        loss = model.loss(packed.at_source(h), packed.targets, "none")             # (B, N)
-    """
-    layouts = [lay_out(beginning, continuations, P) for beginning, continuations in rows]
-    idx, positions, part, source, targets, owner = zip(*layouts, strict=True)
-    part = pad(part, -1)  # (B, P + T)
-    same_part = part[:, :, None] == part[:, None, :]  # (B, query, key)
-    to_beginning = part[:, None, :] == 0
-    causal = torch.ones(same_part.shape[1:], dtype=torch.bool).tril()
-    mask = (same_part | to_beginning) & causal
-    idx, positions = (pad(ids, 0, part.size(1) - P) for ids in (idx, positions))
-    return Packed(idx, positions, mask[:, None], pad(source, 0), pad(targets, -100), pad(owner, -1))
-
-
-def lay_out(beginning, continuations, P):
-    """A row of pack(): lists of ids, positions, parts, sources, targets and owners."""
-    idx = [*beginning]
-    end = P + len(beginning)
-    positions = [*range(P, end)]
-    part = [0] * end
-    source = []
-    targets = []
-    owner = []
-    for k, tokens in enumerate(continuations):
-        inputs = tokens[:-1]  # the last token is never an input
-        # the end of the beginning predicts the first token, each token the one after it
-        source += [end - 1, *range(len(part), len(part) + len(inputs))]
-        targets += tokens
-        owner += [k] * len(tokens)
-        idx += inputs
-        positions += range(end, end + len(inputs))
-        part += [k + 1] * len(inputs)
-    return idx, positions, part, source, targets, owner
-
-
-def pad(rows, value, length=None):
-    """Lists as one tensor (B, length): the longest, rounded up to 8, so that few shapes occur."""
-    length = 8 * math.ceil(max(map(len, rows)) / 8) if length is None else length
-    rows = [[*row, *[value] * (length - len(row))] for row in rows]
-    return torch.tensor(rows, dtype=torch.long)
-
-
-# -----------------------------------------------------------------------------
-# 7. What helps a short training: Muon, and positions that begin as sinusoids
+# 6. What helps a short training: Muon, and positions that begin as sinusoids
 
 
 class Muon(torch.optim.AdamW):
     """AdamW, except for groups with "muon": orthogonalized steps (Muon, Jordan et al. 2024).
 
-    A matrix maps directions to directions; its singular values S in G = U S V^T say how strongly.
-    A gradient has few large ones: a step along it moves a few directions far and the others hardly
-    at all. U V^T, with all singular values 1, moves all of them equally far, so that rare things
-    are learned sooner:
+    AdamW scales each number by itself. Muon treats a matrix as a map of directions to directions;
+    the singular values S in G = U S V^T say how strongly each is moved. A gradient has few large
+    ones. U V^T, with all of them 1, moves all directions equally far, so that rare things are
+    learned sooner:
 
-        gradient   3.0  0.0      orthogonalized   1  0
-                   0.0  0.1                       0  1
+                          gradient       AdamW, first step    Muon
+                          2.0  2.0         1  1               .03   1.0
+                          2.0  1.9         1  1               1.0  -.03
+        singular values   3.95  .05        2  0               1     1
 
         momentum = 0.95 * momentum + grad
         update = orthogonalize(grad + 0.95 * momentum)                       # Nesterov's momentum
@@ -753,6 +662,23 @@ class Muon(torch.optim.AdamW):
             state.update(momentum=torch.zeros_like(p), step=torch.zeros(()))
         momentum = state["momentum"].mul_(0.95).add_(p.grad)
         return p.grad + 0.95 * momentum
+
+
+def muon_groups(model, recipe):
+    """Three groups: the matrices of linear maps, for Muon; tables and other matrices; vectors."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    maps = []
+    others = []
+    vectors = []
+    for name, p in model.named_parameters():
+        if p.dim() == 2 and name.endswith("weight") and id(p) not in tables:
+            maps.append(p)
+        else:
+            (others if p.dim() >= 2 else vectors).append(p)
+    decay = recipe.weight_decay
+    return [{"params": maps, "weight_decay": decay, "lr_scale": recipe.muon, "muon": True},
+            {"params": others, "weight_decay": decay, "lr_scale": 1.0, "muon": False},
+            {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0, "muon": False}]
 
 
 def split(matrix):
@@ -797,25 +723,122 @@ def sinusoids(T, C, std):
     return waves @ directions.T * std * math.sqrt(C / len(periods))
 
 
+# -----------------------------------------------------------------------------
+# 7. Packing: several continuations of one beginning (to be read before caption.py)
+#
+# Four endings follow the context of a HellaSwag item, five captions follow a picture. The plain way
+# computes the beginning again for each of them:
+#
+#     c1 c2 c3 a1 a2
+#     c1 c2 c3 b1 b2 b3
+#
+# Packed, they share it (a2 and b3 are only predicted). Each token sees the beginning and its own
+# continuation, and is at the position that it would have alone:
+#
+#     token                c1 c2 c3 a1 b1 b2
+#     position              0  1  2  3  3  4
+#
+#                    keys  c1 c2 c3 a1 b1 b2       predicts
+#     query  c1             x  .  .  .  .  .
+#            c2             x  x  .  .  .  .
+#            c3             x  x  x  .  .  .       a1, and b1
+#            a1             x  x  x  x  .  .       a2
+#            b1             x  x  x  .  x  .       b2
+#            b2             x  x  x  .  x  x       b3
+
+
+@dataclass
+class Packed:
+    """Several continuations of one beginning, in one sequence of P + T positions; see pack().
+
+    P vectors that are no tokens (a picture's prefix) may stand first; idx and positions leave them
+    out, mask and source count them.
+    """
+
+    idx: torch.Tensor  # (B, T) token ids
+    positions: torch.Tensor  # (B, T)
+    mask: torch.Tensor  # (B, 1, P + T, P + T), True where a query (row) may see a key (column)
+    source: torch.Tensor  # (B, N), the place whose hidden state predicts a target
+    targets: torch.Tensor  # (B, N), -100 where there is none
+    owner: torch.Tensor  # (B, N), the continuation of a target, -1 where there is none
+
+    def to(self, device):
+        return Packed(*(t.to(device) for t in vars(self).values()))
+
+    def at_source(self, h):
+        """The hidden states that predict the targets: h[b, source[b, n]] for each b and n.
+
+        Out of (B, P + T, C) come (B, N, C); gather() wants an index for each of the C numbers.
+        """
+        return h.gather(1, self.source[:, :, None].expand(-1, -1, h.size(2)))
+
+
+def pack(rows, P=0):
+    """Pack rows of (beginning, [continuation, ...]), all of token ids, after P vectors.
+
+    The beginning is part 0, continuation k is part k + 1. Padding is part -1: it sees itself, since
+    a softmax over nothing would be NaN. For the example above, with P = 0:
+
+        a column for each token            a column for each target
+        token     c1 c2 c3 a1 b1 b2        target    a1 a2 b1 b2 b3
+        part       0  0  0  1  2  2        source     2  3  2  4  5
+                                           owner      0  0  1  1  1
+
+    The losses are then (tested by test_packed_continuations_have_the_losses_of_separate_ones)
+
+        h = model.hidden_states(model.embed(packed.idx, packed.positions), packed.mask)
+        losses = model.losses(packed.at_source(h), packed.targets)             # (B, N)
+    """
+    layouts = [lay_out(beginning, continuations, P) for beginning, continuations in rows]
+    idx, positions, part, source, targets, owner = zip(*layouts, strict=True)
+    part = pad(part, -1)  # (B, P + T)
+    same_part = part[:, :, None] == part[:, None, :]  # (B, query, key)
+    to_beginning = part[:, None, :] == 0
+    causal = torch.ones(same_part.shape[1:], dtype=torch.bool).tril()
+    mask = (same_part | to_beginning) & causal
+    idx, positions = (pad(ids, 0, part.size(1) - P) for ids in (idx, positions))
+    return Packed(idx, positions, mask[:, None], pad(source, 0), pad(targets, -100), pad(owner, -1))
+
+
+def lay_out(beginning, continuations, P):
+    """A row of pack(): lists of ids, positions, parts, sources, targets and owners."""
+    idx = [*beginning]
+    end = P + len(beginning)
+    positions = [*range(P, end)]
+    part = [0] * end
+    source = []
+    targets = []
+    owner = []
+    for k, tokens in enumerate(continuations):
+        inputs = tokens[:-1]  # the last token is never an input
+        # the end of the beginning predicts the first token, each token the one after it
+        source += [end - 1, *range(len(part), len(part) + len(inputs))]
+        targets += tokens
+        owner += [k] * len(tokens)
+        idx += inputs
+        positions += range(end, end + len(inputs))
+        part += [k + 1] * len(inputs)
+    return idx, positions, part, source, targets, owner
+
+
+def pad(rows, value, length=None):
+    """Lists as one tensor (B, length): the longest, rounded up to 8, so that few shapes occur."""
+    length = 8 * math.ceil(max(map(len, rows)) / 8) if length is None else length
+    rows = [[*row, *[value] * (length - len(row))] for row in rows]
+    return torch.tensor(rows, dtype=torch.long)
+
+
 # =============================================================================
 # From here on: tooling, for reference
 # =============================================================================
 # The loss in chunks (optional): without the logits of a whole batch
 
-ROWS = 2048  # of logits that exist at a time
-
 
 @torch.compiler.disable  # a compiled model would keep all chunks
-def cross_entropy(h, weight, targets, n_vocab, reduction):
-    """GPT.loss() of hidden states h (B, T, C) under a head (V, C)."""
-    if reduction == "none":  # the logits of a row at a time
-        rows = []
-        for h_row, target in zip(h, targets, strict=True):
-            logits = F.linear(h_row, weight)[:, :n_vocab].float()
-            rows.append(F.cross_entropy(logits, target, reduction="none"))
-        return torch.stack(rows)
+def cross_entropy(h, weight, targets, n_vocab):
+    """The mean cross-entropy of hidden states h (B, T, C) under a head (V, C)."""
     total = ChunkedCrossEntropy.apply(h.flatten(0, 1), weight, targets.flatten(), n_vocab)
-    return total if reduction == "sum" else total / (targets != -100).sum()
+    return total / (targets != -100).sum()
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -824,12 +847,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     The gradient of -log softmax(z)[y] in z is softmax(z) - one_hot(y), known as soon as the logits
     are. So the forward pass computes it too, chunk after chunk:
 
-        for i in range(0, len(h), ROWS):
-            logits = h[i:i + ROWS] @ W.T                                   # (rows, V)
-            loss += cross_entropy(logits, targets[i:i + ROWS])
-            grad_logits = softmax(logits) - one_hot(targets[i:i + ROWS])
-            grad_h[i:i + ROWS] = grad_logits @ W
-            grad_W += grad_logits.T @ h[i:i + ROWS]
+        for i in range(0, len(h), rows):
+            logits = h[i:i + rows] @ W.T                                   # (rows, V)
+            loss += cross_entropy(logits, targets[i:i + rows])
+            grad_logits = softmax(logits) - one_hot(targets[i:i + rows])
+            grad_h[i:i + rows] = grad_logits @ W
+            grad_W += grad_logits.T @ h[i:i + rows]
 
     An autograd.Function says itself what its gradients are: forward() keeps them in ctx, and
     backward() multiplies them with the gradient of what was made of the loss (tested by
@@ -846,16 +869,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         needs_h, needs_weight = ctx.needs_input_grad[:2]  # False where no gradient is asked for
         grad_h = torch.empty_like(h) if needs_h else None
         grad_weight = torch.zeros_like(weight) if needs_h and needs_weight else None
-        buffer = W.new_empty(min(len(h), ROWS), len(W))  # one for all chunks: new memory is slow
-        for i in range(0, len(h), ROWS):
-            x = h[i : i + ROWS].to(dtype)
-            target = targets[i : i + ROWS, None]
+        rows = 8192 if h.is_cuda else 2048  # of logits that exist at a time
+        buffer = W.new_empty(min(len(h), rows), len(W))  # one for all chunks: new memory is slow
+        for i in range(0, len(h), rows):
+            x = h[i : i + rows].to(dtype)
+            target = targets[i : i + rows, None]
             valid = target != -100
             logits = torch.mm(x, W.T, out=buffer[: len(x)])
             total += loss_and_gradient(logits, target, n_vocab)
             grad_logits = logits  # the last line has overwritten them
             if needs_h:
-                grad_h[i : i + ROWS] = grad_logits @ W * valid
+                grad_h[i : i + rows] = grad_logits @ W * valid
             if grad_weight is not None:
                 grad_weight += grad_logits.T @ (x * valid)
         ctx.save_for_backward(grad_h, grad_weight)
@@ -900,94 +924,7 @@ def softmax_minus_one_hot(logits, target, n_vocab):
 
 
 # -----------------------------------------------------------------------------
-# Evaluation
-
-
-@torch.no_grad()
-def ending_losses(model, items, device):
-    """The summed loss in nats of each ending of HellaSwag items, (items, 4)."""
-    tokens_at_once = 1_024 if device.type == "cpu" else 16_384
-    sizes = np.array([len(item.context) + sum(map(len, item.endings)) for item in items])
-    order = np.argsort(-sizes, kind="stable")  # the longest first: out of memory comes early
-    losses = np.zeros((len(items), 4))
-    hidden_states = compiled(model.hidden_states)
-    begin = 0
-    while begin < len(items):  # items of like length together
-        chosen = order[begin : begin + max(1, tokens_at_once // sizes[order[begin]])]
-        rows = []
-        for item in [items[i] for i in chosen]:
-            room = model.config.block_size - max(map(len, item.endings))
-            rows.append((item.context[-room:], item.endings))  # too long: cut from the left
-        packed = pack(rows).to(device)
-        try:
-            h = hidden_states(model.embed(packed.idx, packed.positions), packed.mask)
-            loss = model.loss(packed.at_source(h), packed.targets, "none").double()  # (B, N)
-        except torch.OutOfMemoryError:
-            if len(chosen) == 1:
-                raise
-            tokens_at_once //= 2
-            continue
-        each = [(loss * (packed.owner == k)).sum(1) for k in range(4)]
-        losses[chosen] = torch.stack(each, 1).cpu().numpy()
-        begin += len(chosen)
-    return losses
-
-
-def evaluate_hellaswag(model, items, device, method="token mean"):
-    """Print and return {"acc", "acc_norm"}; each rank takes its share of the items."""
-    mine = items[rank() :: world_size()]
-    with autocast(device):
-        losses = ending_losses(model, mine, device)
-    correct = torch.tensor(hellaswag.count_correct(mine, losses), device=device)
-    acc, acc_norm = (all_reduce(correct) / len(items)).tolist()
-    print(hellaswag.report(acc, acc_norm, len(items), method))
-    return {"acc": acc, "acc_norm": acc_norm}
-
-
-def load_hellaswag(tokenizer):
-    """HellaSwag's items, to be measured during training; without a network there are none."""
-    examples = []
-    try:
-        with rank_zero_first():
-            examples = hellaswag.load_examples()
-    except UserError as error:
-        print(f"HellaSwag  is not measured: {error}")
-    missing = torch.tensor(float(not examples), device=pick_device())
-    if all_reduce(missing).item():  # all ranks measure it or none, or they would wait forever
-        return []
-    return [hellaswag.render(example, tokenizer) for example in examples]
-
-
-def evaluate(path, data, limit):
-    """Print the validation losses of a model, and its accuracies on HellaSwag."""
-    device = pick_device()
-    with rank_zero_first():
-        model, tokenizer, checkpoint = load_model(path)
-        preset = checkpoint.get("run", {}).get("preset")
-        if preset == "tiny" and data is None:
-            fineweb.make_toy_text(default_data("tiny"))
-    center_tokens(model.to(device))
-    folder = Path(data or default_data(preset))
-    print(f"{path}, {folder}:")
-    if data or folder.exists():
-        _, val_sets, _ = open_data(folder, model.config)
-        tokens = 65_536 if device.type == "cpu" else Recipe.eval_tokens
-        batch = math.ceil(16_384 / model.config.block_size)
-        validate(model, model.config, val_sets, tokenizer, tokens, batch, device)
-    else:
-        print("no validation loss: there are no shards (python fineweb.py downloads them)")
-    if tokenizer.name != "gpt2" or model.config.block_size < 256:
-        print("no HellaSwag: it needs GPT-2's tokens and a context of 256")
-        return
-    with rank_zero_first():
-        examples = hellaswag.subset(hellaswag.load_examples(), limit)
-    for method in ("token mean", "harness"):
-        items = [hellaswag.render(example, tokenizer, method) for example in examples]
-        evaluate_hellaswag(model, items, device, method)
-
-
-# -----------------------------------------------------------------------------
-# Using a model
+# Models: OpenAI's, a run's, and those for transformers
 
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 SUPPORTED = {  # what this GPT computes, in the words of a config.json of transformers
@@ -998,83 +935,87 @@ SUPPORTED = {  # what this GPT computes, in the words of a config.json of transf
     "scale_attn_by_inverse_layer_idx": [False],
     "add_cross_attention": [False],
     "tie_word_embeddings": [True],
-    "tokenizer": ["gpt2", "tiny"],  # our own entry, in what --export-hf writes
 }
 
 
 def load_model(name):
-    """(model, tokenizer, checkpoint) of a checkpoint, a run, or weights in OpenAI's layout ({}).
+    """(model, tokenizer) of a checkpoint, a run, or weights in OpenAI's layout.
 
-    The last are a folder with config.json and model.safetensors, as transformers and --export-hf
-    write it, or, where no file has that name, one in OPENAI, downloaded once.
+    A run's are its best weights, or else its last. OpenAI's layout has a folder with config.json
+    and model.safetensors, as transformers and --export-hf write it, or a name on the hub ("gpt2").
     """
-    path = Path(name)
-    if not path.exists() and str(name) in OPENAI:
-        for file in ("config.json", "model.safetensors"):  # they lie side by side
-            path = fineweb.hub_download(f"openai-community/{name}", file)
-    if path.is_dir():
-        path = path / ("ckpt.pt" if (path / "ckpt.pt").exists() else "model.safetensors")
-        if not path.exists():
-            problem = f"{name} has neither ckpt.pt, of a run, nor model.safetensors"
-            raise UserError(problem, "train first, or save the model as one safetensors file")
+    path = find_weights(name)
+    about = {}
     if path.suffix == ".safetensors":
-        checkpoint = {}
-        model, tokenizer = from_pretrained(path)
+        about, tensors = read_weights(path)
     else:
-        checkpoint = read_checkpoint(path, holds="config")
-        model = GPT(GPTConfig(**checkpoint["config"]))
-        model.load_state_dict(checkpoint["model"])
-        tokenizer = checkpoint["run"]["tokenizer"]
-    return model.eval(), fineweb.get_tokenizer(tokenizer), checkpoint
+        checkpoint = read_checkpoint(path)
+        if checkpoint["step"] == 0:
+            raise UserError(f"in {name} nothing is trained yet", "let it train first")
+        about = checkpoint["about"]
+        tensors = checkpoint["model"]
+    if "config" in about:
+        model = GPT(GPTConfig(**about["config"]))
+        model.load_state_dict(tensors)
+    elif path.with_name("config.json").exists():
+        model = from_pretrained(path, tensors)
+    else:
+        raise UserError(f"{path} has no GPT-2, or lacks its config.json", "name another --ckpt")
+    step = f", step {about['step']:,}" if "step" in about else ""
+    print(f"model      {path}{step}")
+    return model.eval(), fineweb.get_tokenizer(model.config.vocab_size)
 
 
-def from_pretrained(path):
-    """(GPT, name of its tokenizer) from a safetensors file in OpenAI's layout, with config.json."""
+def find_weights(name):
+    """The file of weights that load_model() is to read, downloaded once if it is the hub's."""
+    path = Path(name)
+    if path.is_dir():
+        files = [path / file for file in ("best.safetensors", "ckpt.pt", "model.safetensors")]
+        present = [file for file in files if file.exists()]
+        if not present:
+            raise UserError(f"{path} has no model", "train first, or name another --ckpt")
+        return present[0]
+    is_on_hub = not path.suffix and ("/" not in str(name) or not path.parent.exists())
+    if path.exists() or not is_on_hub:
+        if not path.exists():
+            raise UserError(f"{path} is not there", "train first, or name another --ckpt")
+        return path
+    repo = f"openai-community/{name}" if name in OPENAI else str(name)
+    fineweb.hub_download(repo, "config.json")
+    return fineweb.hub_download(repo, "model.safetensors")  # they lie side by side
+
+
+def from_pretrained(path, tensors):
+    """A GPT of tensors in OpenAI's layout, whose config.json lies beside `path`.
+
+    OpenAI's matrices are (in, out), the transposes of nn.Linear's; names may begin with
+    "transformer."; tables that are longer than GPT-2's vocabulary are cut to it.
+    """
     config_file = path.with_name("config.json")
     with fineweb.reading(config_file, "a model's configuration"):
-        config = dict(json.loads(config_file.read_bytes() if config_file.exists() else "{}"))
+        config = json.loads(config_file.read_bytes())
+        n_head = int(config["n_head"])
     for key, values in SUPPORTED.items():
         if config.get(key, values[0]) not in values:
             problem = f"{config_file}: {key} is {config[key]!r}"
             raise UserError(problem, f"{values[0]!r} is what is computed here")
-    with fineweb.reading(path, "a whole GPT-2", SafetensorError):
-        tensors = {name.removeprefix("transformer."): t for name, t in load_file(path).items()}
-        table = tensors["wte.weight"]
-        block_size, C = tensors["wpe.weight"].shape
-    if not torch.equal(tensors.get("lm_head.weight", table), table):
-        raise UserError(f"{path} has a head of its own", "only a tied one is computed here")
-    n_head = config.get("n_head", C / 64)  # OpenAI's heads have size 64
-    if n_head not in range(1, C + 1) or C % n_head:
-        raise UserError(f"{config_file} is missing or wrong ({n_head} heads)", "get it again")
-    tokenizer = config.get("tokenizer", "gpt2")
-    n_vocab = check_vocabulary(path, tokenizer, len(table))
-    n_layer = sum(name.endswith("ln_1.weight") for name in tensors)
-    model = GPT(GPTConfig(block_size, n_vocab, n_layer, int(n_head), C))
     with fineweb.reading(path, "a whole GPT-2", RuntimeError):
+        tensors = {name.removeprefix("transformer."): t for name, t in tensors.items()}
+        table = tensors["wte.weight"]
+        if not torch.equal(tensors.get("lm_head.weight", table), table):
+            raise ValueError("its head is not its token table")
+        n_vocab = min(len(table), 50257)
+        if n_vocab == 50257:
+            check_vocabulary(path.parent)
+        block_size, C = tensors["wpe.weight"].shape
+        n_layer = sum(name.endswith("ln_1.weight") for name in tensors)
+        model = GPT(GPTConfig(block_size, n_vocab, n_layer, n_head, C))
         unused = model.wte.num_embeddings - n_vocab
         tensors["wte.weight"] = F.pad(table[:n_vocab], (0, 0, 0, unused))
         for name in model.state_dict():
             tensors[name] = tensors[name].T if is_conv1d(name) else tensors[name]
         model.load_state_dict({name: tensors[name] for name in model.state_dict()})
-    return model, tokenizer
-
-
-def check_vocabulary(path, tokenizer, rows):
-    """How many tokens a model's tokenizer has; UserError if its folder has another vocabulary."""
-    n_vocab = fineweb.get_tokenizer(tokenizer).n_vocab
-    if rows < n_vocab:
-        problem = f"{path} has {rows:,} tokens, and the tokenizer {tokenizer} {n_vocab:,}"
-        raise UserError(problem, "only these two tokenizers are known here: gpt2 and tiny")
-    if tokenizer == "gpt2":
-        for file in filter(Path.exists, map(path.with_name, ("vocab.json", "tokenizer.json"))):
-            with fineweb.reading(file, "a vocabulary"):
-                words = json.loads(file.read_bytes())
-                words = words["model"]["vocab"] if file.name == "tokenizer.json" else words
-            if words != json.loads(fineweb.gpt2_files()["vocab.json"]):
-                raise UserError(f"{file} is not GPT-2's vocabulary", "only that one is known here")
-        if rows > n_vocab:
-            print(f"{path}: the rows after GPT-2's {n_vocab:,} tokens are not used")
-    return n_vocab
+    return model
 
 
 def is_conv1d(name):
@@ -1082,14 +1023,30 @@ def is_conv1d(name):
     return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
 
+def gpt2_files():
+    """GPT-2's vocabulary as transformers names its two files; tiktoken has them in its cache."""
+    address = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+    names = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
+    return {ours: read_file_cached(address + theirs) for ours, theirs in names.items()}
+
+
+def check_vocabulary(folder):
+    """UserError if a model's folder has another vocabulary than GPT-2's."""
+    for file in filter(Path.exists, (folder / "vocab.json", folder / "tokenizer.json")):
+        words = json.loads(file.read_bytes())
+        words = words["model"]["vocab"] if file.name == "tokenizer.json" else words
+        if words != json.loads(gpt2_files()["vocab.json"]):
+            raise UserError(f"{file} is not GPT-2's vocabulary", "only that one is known here")
+
+
 def export_hf(model, tokenizer, folder):
-    """Write a folder that transformers' from_pretrained() loads, with GPT-2's tokenizer."""
+    """Write a new folder that transformers' from_pretrained() loads, with GPT-2's tokenizer."""
     c = model.config
     tensors = {}
     for name, t in model.state_dict().items():
         t = t.T if is_conv1d(name) else t
-        tensors[f"transformer.{name}"] = t.detach().cpu().contiguous()
-    tensors["transformer.wte.weight"] = model.wte.weight.detach().cpu()[: c.vocab_size].clone()
+        tensors[f"transformer.{name}"] = t.contiguous()
+    tensors["transformer.wte.weight"] = model.wte.weight.detach()[: c.vocab_size].clone()
     config = {
         **{key: values[0] for key, values in SUPPORTED.items()},
         "vocab_size": c.vocab_size,
@@ -1097,44 +1054,23 @@ def export_hf(model, tokenizer, folder):
         "n_embd": c.n_embd,
         "n_layer": c.n_layer,
         "n_head": c.n_head,
-        "tokenizer": tokenizer.name,
         "bos_token_id": tokenizer.eot_token,
         "eos_token_id": tokenizer.eot_token,
         "architectures": ["GPT2LMHeadModel"],
         "torch_dtype": "float32",
     }
-    files = {"model.safetensors": save(tensors, metadata={"format": "pt"})}
-    if tokenizer.name == "gpt2":
-        for_tokenizer = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": c.block_size}
-        files |= fineweb.gpt2_files()
-        files["tokenizer_config.json"] = json.dumps(for_tokenizer).encode()
-    files["config.json"] = json.dumps(config, indent=2).encode()
-    for name, content in files.items():
-        with fineweb.atomic_write(Path(folder) / name) as file:
-            file.write(content)
+    with fineweb.new_folder(folder) as building:
+        save_file(tensors, building / "model.safetensors", metadata={"format": "pt"})
+        fineweb.write_json(building / "config.json", config)
+        if tokenizer.name == "gpt2":  # the toy's is this project's own: transformers has none
+            about = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": c.block_size}
+            fineweb.write_json(building / "tokenizer_config.json", about)
+            for name, content in gpt2_files().items():
+                (building / name).write_bytes(content)
     print(f"{folder} is ready for transformers.AutoModelForCausalLM.from_pretrained")
-    if tokenizer.name != "gpt2":
-        print(f"its tokenizer, {tokenizer.name}, is this project's own: transformers has none")
-
-
-GPT.center = 0.0  # what center_tokens() has moved; caption.py takes it off a prefix again
 
 
 @torch.no_grad()
-def center_tokens(model):
-    """Move the mean row of the token table into the positions: all probabilities stay as they are.
-
-    OpenAI's logits lie between -35 and -120: a constant for each position, which softmax ignores.
-    But bf16 has steps of .5 there, and of .01 near 0. The embeddings wte[i] + wpe[t] stay the same;
-    all logits h @ wte[i] of a position fall by one number, h @ mean.
-    """
-    mean = model.wte.weight[: model.config.vocab_size].mean(0)
-    model.wte.weight -= mean
-    model.wpe.weight += mean
-    model.center = model.center + mean
-    return model
-
-
 def freeze(model, device):
     """The model on `device`, not to be trained; its matrices in bf16 where products are.
 
@@ -1142,13 +1078,34 @@ def freeze(model, device):
     cast the weight again for each generated token, which took most of the time of a token.
     """
     model.to(device).eval().requires_grad_(False)
-    if isinstance(model, GPT):
-        center_tokens(model)
     if uses_bf16(device):
-        for name, module in model.named_modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d, nn.MultiheadAttention)) or name == "wte":
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d, nn.MultiheadAttention)):
                 module.bfloat16()
+    if isinstance(model, GPT):
+        model.frozen_head = centered_head(model)
     return model
+
+
+@torch.no_grad()
+def centered_head(model):
+    """The token table less its mean row, as a head that gives the same probabilities.
+
+    OpenAI's logits lie between -35 and -120, where bf16 has steps of .5. Without the mean row all
+    logits of a position move by one number, toward 0, which softmax ignores; there bf16 has steps
+    of .01.
+    """
+    table = model.wte.weight
+    head = table - table[: model.config.vocab_size].mean(0)
+    return head.bfloat16() if uses_bf16(table.device) else head
+
+
+@contextlib.contextmanager
+def frozen_head(model):
+    """Within this context, in which the weights must not change, a GPT has freeze()'s head."""
+    model.frozen_head = centered_head(model)
+    yield
+    model.frozen_head = None
 
 
 def complete(model, tokenizer, text, max_new_tokens, num=1, seed=0, **sampling):
@@ -1169,18 +1126,92 @@ def decode(rows, tokenizer):
     return [tokenizer.decode(row, errors="replace") for row in rows]
 
 
-def newest_run():
-    """The checkpoint of a preset's run that was written last."""
-    paths = [Path(f"runs/{preset}/ckpt.pt") for preset in PRESETS]
-    present = [path for path in paths if path.exists()]
-    return max(present, key=lambda path: path.stat().st_mtime, default=paths[0])
+# -----------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def ending_losses(model, items, device):
+    """The summed loss in nats of each ending of HellaSwag items, (items, 4)."""
+    tokens_at_once = 1_024 if device.type == "cpu" else 16_384
+    sizes = np.array([len(item.context) + sum(map(len, item.endings)) for item in items])
+    order = np.argsort(-sizes, kind="stable")  # the longest first: out of memory comes early
+    batches = []  # items of like length together
+    begin = 0
+    while begin < len(items):
+        batches.append(order[begin : begin + max(1, tokens_at_once // sizes[order[begin]])])
+        begin += len(batches[-1])
+    losses = np.zeros((len(items), 4))
+    # once, compiling takes longer than it saves; during training it is done many times
+    hidden_states = compiled(model.hidden_states) if model.training else model.hidden_states
+    for chosen in progress(batches, "HellaSwag"):
+        rows = []
+        for item in [items[i] for i in chosen]:
+            room = model.config.block_size - max(map(len, item.endings))
+            rows.append((item.context[-room:], item.endings))  # too long: cut from the left
+        packed = pack(rows).to(device)
+        h = hidden_states(model.embed(packed.idx, packed.positions), packed.mask)
+        loss = model.losses(packed.at_source(h), packed.targets).double()  # (B, N)
+        each = [(loss * (packed.owner == k)).sum(1) for k in range(4)]
+        losses[chosen] = torch.stack(each, 1).cpu().numpy()
+    return losses
+
+
+def evaluate_hellaswag(model, items, device, method="token mean"):
+    """Print a report and return acc_norm; each rank takes its share of the items."""
+    mine = items[rank() :: world_size()]
+    with autocast(device):
+        losses = ending_losses(model, mine, device)
+    correct = torch.tensor(hellaswag.count_correct(mine, losses), device=device)
+    acc, acc_norm = (all_reduce(correct) / len(items)).tolist()
+    print(hellaswag.report(acc, acc_norm, len(items), method), flush=True)
+    return acc_norm
+
+
+def load_hellaswag(tokenizer):
+    """HellaSwag's items, to be measured during training; without a network there are none."""
+    examples = []
+    try:
+        with first_of_node_first():
+            examples = hellaswag.load_examples()
+    except (UserError, OSError) as error:
+        print(f"HellaSwag  is not measured: {error}", file=sys.stderr)
+    missing = torch.tensor(float(not examples), device=pick_device())
+    if all_reduce(missing).item():  # all ranks measure it or none, or they would wait forever
+        return []
+    return [hellaswag.render(example, tokenizer) for example in examples]
+
+
+def evaluate(name, data, limit):
+    """Print the validation losses of a model, and its accuracies on HellaSwag."""
+    device = pick_device()
+    with first_of_node_first():
+        model, tokenizer = load_model(name)
+    freeze(model, device)
+    data = data or Path("data/toy" if tokenizer.name == "tiny" else "data/fineweb_edu")
+    if data == Path("data/toy"):
+        with first_of_node_first():
+            fineweb.make_toy_text(data)
+    if data.exists():
+        _, val_sets = open_data(data, model.config)
+        tokens = 65_536 if device.type == "cpu" else Recipe.eval_tokens
+        batch = math.ceil(16_384 / model.config.block_size)
+        validate(model, val_sets, tokenizer, tokens, batch, device)
+    else:
+        print(f"no validation loss: {data} is not there (python fineweb.py downloads it)")
+    if tokenizer.name != "gpt2" or model.config.block_size < 256:
+        print("no HellaSwag: it needs GPT-2's tokens and a context of 256")
+        return
+    with first_of_node_first():
+        examples = hellaswag.subset(hellaswag.load_examples(), limit)
+    for method in ("token mean", "harness"):
+        items = [hellaswag.render(example, tokenizer, method) for example in examples]
+        evaluate_hellaswag(model, items, device, method)
 
 
 # -----------------------------------------------------------------------------
 # Devices and processes
 
-# dense bf16, a second; sm80 is the first generation of NVIDIA's GPUs with bf16 (A100)
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "4090": 165e12, "A5000": 111e12}
 FAST_SDPA = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -1189,12 +1220,6 @@ def pick_device():
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
-
-
-def use_device():
-    """Make the GPU of this rank the current one of this thread."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(pick_device())
 
 
 def uses_bf16(device):
@@ -1209,6 +1234,11 @@ def autocast(device):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bf16(device))
 
 
+def progress(parts, what):
+    """The parts, with a bar on a terminal, which goes when they are done."""
+    return tqdm(parts, what, leave=False, disable=rank() > 0 or None)
+
+
 def prefetch(get, first, last, ahead=4):
     """Yield (step, get(step)) for steps first ... last - 1, while threads prepare the next four:
 
@@ -1216,16 +1246,11 @@ def prefetch(get, first, last, ahead=4):
             yield step, get(step)
 
     Reading 512 windows from all over a disk for the first time took one thread 0.2 to 0.5 s, and
-    four threads 0.1 s.
+    four threads 0.1 s. A loader has one thread of PyTorch's: more slowed training by a sixth.
     """
-
-    def begin():
-        use_device()
-        torch.set_num_threads(1)  # of a loader: more of them slowed training by a sixth
-
-    torch.get_num_threads()  # settles how many threads a step has, before begin() can
+    torch.get_num_threads()  # settles how many threads a step has, before a loader has only one
     futures = {}  # of steps that are being prepared
-    with ThreadPoolExecutor(ahead, initializer=begin) as threads:
+    with ThreadPoolExecutor(ahead, initializer=torch.set_num_threads, initargs=(1,)) as threads:
         for step in range(first, last):
             for later in range(step, min(step + ahead, last)):
                 if later not in futures:
@@ -1233,21 +1258,13 @@ def prefetch(get, first, last, ahead=4):
             yield step, futures.pop(step).result()
 
 
-def pin(*tensors):
-    """Tensors in pinned memory, which a GPU can read by itself while the CPU goes on."""
-    return [t.pin_memory() for t in tensors] if torch.cuda.is_available() else tensors
-
-
 def join_processes():
     """Under torchrun, make this process one of several (ranks): NCCL on GPUs, gloo on CPUs."""
     if "RANK" not in os.environ or dist.is_initialized():
         return
-    missing = {"WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)
-    if missing:
-        raise UserError(f"RANK is set, but not {', '.join(missing)}", "unset it, or use torchrun")
-    use_device()
-    timeout = datetime.timedelta(minutes=10)
+    timeout = datetime.timedelta(hours=2)  # what one rank prepares for all may take a while
     if torch.cuda.is_available():
+        torch.cuda.set_device(pick_device())
         dist.init_process_group("nccl", timeout=timeout, device_id=pick_device())
     else:
         dist.init_process_group("gloo", timeout=timeout)
@@ -1258,9 +1275,8 @@ def join_processes():
 def leave_processes():
     """Wait for all ranks, then end their group; threads of it would abort the process at exit."""
     if dist.is_initialized():
-        dist.barrier(patient_group())
+        dist.barrier()
         dist.destroy_process_group()
-        patient_group.cache_clear()
 
 
 def rank():
@@ -1273,6 +1289,12 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def barrier():
+    """Wait for all ranks."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 def all_reduce(tensor):
     """The tensor summed over all ranks, in place."""
     if world_size() > 1:
@@ -1281,29 +1303,16 @@ def all_reduce(tensor):
 
 
 @contextlib.contextmanager
-def rank_zero_first():
-    """Rank 0 runs the body first (it downloads or computes), then the others, who find it done."""
-    group = patient_group() if world_size() > 1 else None
-    if rank() > 0:
-        dist.barrier(group)
+def first_of_node_first():
+    """The first rank of each machine runs the body (it downloads), then the others find it done."""
+    is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not is_first:
+        barrier()
     try:
         yield
     finally:
-        if group and rank() == 0:
-            dist.barrier(group)
-
-
-@functools.cache
-def patient_group():
-    """All ranks, with a timeout of a day, not minutes: what rank 0 prepares may take hours."""
-    return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
-
-
-def parallelize(model, compile=True):
-    """The model as it is trained: with DDP on several ranks, and compiled on GPUs."""
-    if world_size() > 1:
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    return compiled(model) if compile else model
+        if is_first:
+            barrier()
 
 
 @functools.cache  # once for each function
@@ -1328,18 +1337,6 @@ def can_compile():
         return False
 
 
-def fused_attention(q, k, v, **options):
-    """PyTorch's scaled_dot_product_attention, with the kernels that are fast here."""
-    if q.is_cuda and (options["attn_mask"] is not None or q.size(2) != k.size(2)):
-        # many shapes: cuDNN, which PyTorch prefers on an H100, would plan each of them for .4 s
-        with sdpa_kernel(FAST_SDPA):
-            return F.scaled_dot_product_attention(q, k, v, **options)
-    if q.is_cuda or q.size(2) >= 512:
-        return F.scaled_dot_product_attention(q, k, v, **options)
-    with torch.autocast("cpu", enabled=False):  # short sequences on a CPU: bf16 is 5 times slower
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
-
-
 def flops_per_token(config):
     """Of a training step (Chowdhery et al. 2022, appendix B): 6 per weight, and attention's."""
     weights = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
@@ -1347,108 +1344,112 @@ def flops_per_token(config):
 
 
 def hardware_use(flops_per_second):
-    """Peak memory as text, and on GPUs MFU (model FLOPs utilization) of an assumed peak."""
+    """Peak memory and speed of each GPU, as text; divided by its peak (A100 312, H100 989) MFU."""
     if not torch.cuda.is_available():
-        status = Path("/proc/self/status")  # on Linux
-        match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text() if status.exists() else "")
-        return f" | {int(match[1]) / 1e6:.1f} GB" if match else ""
-    text = f" | {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
-    for name, peak in PEAK_FLOPS.items():  # cards of one name differ (PCIe, laptops)
-        if re.search(rf"\b{name}\b", torch.cuda.get_device_name()) and flops_per_second:
-            mfu = flops_per_second / peak / world_size()
-            text += f" | MFU {mfu:5.1%} of {peak / 1e12:.0f} TFLOP/s"
-    return text
+        return ""
+    tera = flops_per_second / world_size() / 1e12
+    return f" | {torch.cuda.max_memory_allocated() / 1e9:.1f} GB | {tera:.0f} TFLOP/s"
+
+
+def fingerprint(module):
+    """A short digest of a module's weights, from the first numbers of each tensor."""
+    digest = hashlib.sha256()
+    for name, t in module.state_dict().items():
+        sample = t.flatten()[:16].float().cpu().numpy().tobytes()
+        digest.update(f"{name} {tuple(t.shape)}".encode() + sample)
+    return digest.hexdigest()[:16]
 
 
 # -----------------------------------------------------------------------------
 # The folder of a run
 
-FORMAT = 3  # of checkpoints
-PATIENCE = 10  # steps in a row whose loss is not finite before a run gives up
-STATE = ("step", "finished", "seconds", "skipped", "best", "rows")  # of a Run, in its checkpoint
-
 
 class Run:
-    """The folder of a run, by one process at a time: checkpoint, log.csv, and how to stop.
+    """The folder of a run, for one command at a time: ckpt.pt, log.csv, curves.png.
 
-    identity: what must stay the same when it is continued; names: of parts, which may change. unit:
-    what its speed counts. Inside `with run`, Ctrl-C, SIGTERM and SIGHUP are noted and the loop is
-    asked to stop; without torchrun the second one stops at once.
+    model, optimizer: what is saved and resumed. identity: what must stay the same when it is
+    continued. about: what one has to know to use the weights; it is in best.safetensors, the
+    weights of the lowest validation loss (or the highest CIDEr-D), which keep_best asks for.
+    began_trained: step 0 is evaluated too. unit: what its speed counts.
+
+    Inside `with run` the first Ctrl-C, SIGTERM or SIGHUP asks the loop to stop after its step.
     """
 
-    def __init__(self, out, identity, recipe, unit, restart=False, names=None):
+    def __init__(self, out, model, optimizer, recipe, identity, about,
+                 keep_best=True, began_trained=False, unit="tokens"):
         self.out = Path(out)
-        self.path = self.out / "ckpt.pt"
-        self.identity = identity
-        self.names = names or {}
+        self.model = model
+        self.optimizer = optimizer
         self.recipe = recipe
+        self.identity = identity
+        self.about = about
+        self.keep_best = keep_best
+        self.began_trained = began_trained
         self.unit = unit
-        self.restart = restart
+        self.lock = filelock.FileLock(self.out / ".lock", timeout=0)
+        self.flops = flops_per_token(model.config) if isinstance(model, GPT) else 0
         self.step = 0  # finished steps
-        self.finished = False  # and evaluated
+        self.finished = False  # the last evaluation is done
         self.seconds = 0.0  # of training, without evaluation
-        self.skipped = 0  # steps whose loss was not finite
-        self.best = math.inf  # the lowest validation loss, where someone asks for it
-        self.skipped_in_a_row = 0
-        self.signal = None
         self.rows = []  # of log.csv; what it has after a checkpoint is done again
-
-    def resume(self, model, optimizer):
-        """Go on where the checkpoint in the folder stopped; UserError if it is of another run."""
-        what_to_do = "choose another --out, or --restart"
-        refuse_other_files(self.out, self.unit)
-        if self.path.exists() and not self.restart:
-            checkpoint = read_checkpoint(self.path, what_to_do=what_to_do)
-            for key, value in self.identity.items():
-                before = checkpoint["run"].get(key)
-                if before != value:
-                    problem = f"{self.path} was made with {key} {before}, not {value}"
-                    raise UserError(problem, what_to_do)
-            with fineweb.reading(self.path, "of this version", RuntimeError, what_to_do=what_to_do):
-                model.load_state_dict(checkpoint["model"])
-                optimizer.load_state_dict(checkpoint["optimizer"])
-                for name in STATE:
-                    setattr(self, name, checkpoint[name])
-                recipe = Recipe(**checkpoint["recipe"])
-            ended = self.step >= self.recipe.max_steps
-            if ended and recipe != self.recipe:
-                problem = f"{self.out} has come to its end with another recipe"
-                raise UserError(problem, f"give more --steps than {self.step}, or {what_to_do}")
-            self.finished = self.finished and ended
-        steps = torch.tensor(float(self.step), device=pick_device())
-        if all_reduce(steps).item() != self.step * world_size():
-            raise UserError("the ranks found different checkpoints", "share --out among all")
+        self.signal = 0  # that asked to stop
 
     def __enter__(self):
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.stack = contextlib.ExitStack()
+        path = self.out / "ckpt.pt"
         if rank() == 0:
-            self.stack.enter_context(fineweb.lock(self.out))
-            for name in ("ckpt.pt", "best.pt", "log.csv"):
-                old = [*self.out.glob(f".{name}.*.tmp")]  # of a kill in the middle of writing
-                for path in (*old, self.out / name) if self.restart else old:
-                    path.unlink(missing_ok=True)
-            with open(self.out / "log.csv", "a") as file:  # tells that this is the folder of a run
-                file.write("" if file.tell() else "step\n")
+            self.out.mkdir(parents=True, exist_ok=True)
+            try:
+                self.lock.acquire()  # before the checkpoint is read: another may still write it
+            except filelock.Timeout as error:
+                raise UserError(f"another process is at work in {self.out}", "wait") from error
+            if not path.exists():
+                if any(self.out.glob("[!.]*")):
+                    raise UserError(f"{self.out} has files, but no run", "choose another --out")
+                self.save()  # from now on this is the folder of a run
+        barrier()
+        self.resume(read_checkpoint(path))
+        number = torch.tensor(int(fingerprint(self.model)[:8], 16), device=pick_device())
+        if all_reduce(number.double()).item() != number.item() * world_size():
+            raise UserError("the ranks have different weights", "share --out among them")
+        self.handlers = {}
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
-            if number and signal.getsignal(number) != signal.SIG_IGN:
-                self.stack.callback(signal.signal, number, signal.signal(number, self.on_signal))
-        self.time = time.time()
+            each = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
+            if each and signal.getsignal(each) != signal.SIG_IGN:
+                self.handlers[each] = signal.signal(each, self.on_signal)
+        self.time = time.perf_counter()
         self.shown = (self.step, self.seconds)
         return self
 
     def __exit__(self, kind, error, traceback):
-        self.stack.close()
-        if error is None and self.stop_requested():  # in the last evaluation
-            self.exit()
-        if isinstance(error, torch.OutOfMemoryError):
-            smaller = self.recipe.micro_batch // 2
-            otherwise = "free some, or take a smaller model"
-            what_to_do = f"use --micro-batch {smaller}" if smaller else otherwise
-            raise UserError("out of memory", what_to_do) from error
-        if isinstance(error, RuntimeError) and "timed out" in str(error).lower():
-            raise UserError("another rank does not answer", "look at its output") from error
+        for each, handler in self.handlers.items():
+            signal.signal(each, handler)
+        self.lock.release()
+
+    def resume(self, checkpoint):
+        """Go on from a checkpoint; UserError if it is of another run. At step 0 nothing is lost."""
+        if checkpoint["step"] == 0:
+            return
+        for key, now in self.identity.items():
+            before = checkpoint["identity"].get(key)
+            if before != now:
+                problem = f"{self.out} was trained with other {key.removeprefix('digest of ')}"
+                problem += "" if "digest" in key else f" ({before}, not {now})"
+                raise UserError(problem, "choose another --out")
+        self.model.load_state_dict(checkpoint["model"])
+        groups = self.optimizer.state_dict()["param_groups"]  # rates and decays of today's recipe
+        self.optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
+        self.step = checkpoint["step"]
+        self.seconds = checkpoint["seconds"]
+        self.rows = checkpoint["rows"]
+        self.finished = checkpoint["finished"] and self.step >= self.recipe.max_steps
+        if self.finished and checkpoint["recipe"] != asdict(self.recipe):
+            print(f"{self.out} has come to its end: flags of training are not used "
+                  "(give more --steps, or choose another --out)")
+
+    @property
+    def asked_to_stop(self):
+        """Whether this process got a signal."""
+        return self.signal > 0
 
     def on_signal(self, number, frame):
         """Ask the loop to stop; without torchrun the next signal is no longer caught."""
@@ -1461,49 +1462,42 @@ class Run:
         with contextlib.suppress(OSError):  # a terminal that was closed
             os.write(2, message)
 
-    def stop_requested(self):
-        """Whether a rank was asked to stop: then all do, at the same step."""
-        asked = torch.tensor(float(self.signal is not None), device=pick_device())
-        return all_reduce(asked).item() > 0
-
-    def save_and_exit(self, model, optimizer):
-        """What a stop in the middle of training does."""
-        self.save(model, optimizer)
-        self.exit()
-
-    def exit(self):
-        """End the process as the signal would have."""
-        again = "the command without --restart" if self.restart else "the same command"
-        print(f"stopped after step {self.step:,}; {again} resumes it")
-        leave_processes()
-        sys.exit(128 + (self.signal or signal.SIGTERM))
-
-    def count_step(self, loss, norm):
-        """One step more is done; UserError if too many were not finite."""
+    def end_step(self, lr, loss, norm, stop):
+        """Count a step, and log it now and then; to stop, save first, then print, and leave."""
         self.step += 1
-        self.seconds += time.time() - self.time
-        self.time = time.time()
-        finite = math.isfinite(loss + norm)
-        self.skipped += not finite
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        if self.skipped_in_a_row == PATIENCE:
-            problem = f"the loss was not finite in {PATIENCE} steps in a row"
-            raise UserError(problem, f"go on from {self.path} with a lower --lr")
+        self.seconds += time.perf_counter() - self.time
+        self.time = time.perf_counter()
+        recipe = self.recipe
+        lines = []
+        if not math.isfinite(loss + norm):
+            lines.append(f"step {self.step:>6,}: loss {loss}, norm {norm}: the weights stay")
+        if stop or self.step % recipe.log_every == 0 or self.step in (1, recipe.max_steps):
+            lines.append(self.describe_step(lr, loss, norm))
+        if stop:
+            self.save()
+            lines.append(f"stopped after step {self.step:,}; the same command resumes it")
+        for line in lines:
+            print(line, flush=True)
+        if stop:
+            self.leave()
 
-    def progress(self, loss, lr, norm, flops=0):
-        """Print and log a line about the steps since the last line. flops: of a token."""
+    def describe_step(self, lr, loss, norm):
+        """Log the steps since the last line, and return one about them."""
         step, seconds = self.shown
         self.shown = (self.step, self.seconds)
         rate = (self.step - step) * self.recipe.batch_size / (self.seconds - seconds)
+        row = {"loss": loss, "lr": lr, "norm": norm, f"{self.unit}_per_second": rate}
+        self.log(row | {"seconds": self.seconds})
         remaining = (self.recipe.max_steps - self.step) * self.recipe.batch_size / rate
-        skipped = f" | skipped {self.skipped}" if self.skipped else ""
         begin = f"step {self.step:>6,} of {self.recipe.max_steps:,} | loss {loss:7.4f}"
-        speed = f"{rate:9,.{0 if rate > 100 else 1}f} {self.unit}/s{hardware_use(rate * flops)}"
-        rates = f"lr {lr:.2e} | norm {norm:5.2f}"
-        left = tqdm.format_interval(remaining)
-        print(f"{begin} | {rates} | {speed}{skipped} | {left} left")
-        row = {"loss": loss, "lr": lr, "norm": norm, "skipped": self.skipped}
-        self.log(row | {f"{self.unit}_per_second": rate, "seconds": self.seconds})
+        speed = f"{rate:9,.{0 if rate > 100 else 1}f} {self.unit}/s"
+        left = f"{hardware_use(rate * self.flops)} | {tqdm.format_interval(remaining)} left"
+        return f"{begin} | lr {lr:.2e} | norm {norm:5.2f} | {speed}{left}"
+
+    def leave(self):
+        """End the process as the signal would have."""
+        leave_processes()
+        sys.exit(128 + (self.signal or signal.SIGTERM))
 
     def log(self, row):
         """Add to the step's row of log.csv, which is written anew: a row may have new columns."""
@@ -1516,92 +1510,94 @@ class Run:
                 writer.writeheader()
                 writer.writerows(self.rows)
 
-    def record(self, row, model, optimizer):
-        """After an evaluation: log its row, write the checkpoint, draw the curves."""
-        self.finished = self.step == self.recipe.max_steps
+    def record(self, row):
+        """Log an evaluation, keep the weights if they are the best so far, draw the curves."""
         self.log(row)
-        self.save(model, optimizer)
+        scores = [score for score in map(quality, self.rows) if math.isfinite(score)]
+        if rank() == 0:
+            if self.keep_best and quality(row) == max(scores, default=None):
+                about = self.about | {"step": self.step}
+                save_weights(self.out / "best.safetensors", self.model, about)
+            draw_run(self.out, self.rows)
+        self.time = time.perf_counter()
 
-    def save(self, model, optimizer):
-        """Write the checkpoint, and draw the curves."""
+    def finish(self):
+        """Save the last evaluation, too; after a signal end the command, not only this run."""
+        self.finished = True
+        self.save()
+        if all_reduce(torch.tensor(float(self.asked_to_stop), device=pick_device())).item():
+            self.leave()
+
+    def save(self):
+        """Write the checkpoint."""
         if rank() == 0:
             content = {
-                "run": self.identity | self.names,
+                "identity": self.identity,
+                "about": self.about | {"step": self.step},
                 "recipe": asdict(self.recipe),
-                **{name: getattr(self, name) for name in STATE},
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
+                "step": self.step,
+                "finished": self.finished,
+                "seconds": self.seconds,
+                "rows": self.rows,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
             }
-            if isinstance(model, GPT):
-                content["config"] = asdict(model.config)
-            save_checkpoint(self.path, content)
-            draw_run(self.out / "curves.png", self.rows)
-        if world_size() > 1:
-            dist.barrier()  # what rank 0 has written is whole, before another one ends or reads it
-        self.time = time.time()
+            with fineweb.atomic_write(self.out / "ckpt.pt") as file:
+                torch.save(content, file)
+        barrier()  # what rank 0 has written is whole, before another one ends
+        self.time = time.perf_counter()
 
 
-def refuse_other_files(folder, unit):
-    """UserError for a folder in which something else lies than a run of this kind, or nothing."""
-    log = Path(folder) / "log.csv"
-    names = {path.name for path in Path(folder).glob("[!.]*")}
-    if names and not names & {"ckpt.pt", "log.csv"}:
-        raise UserError(f"{folder} has files, but no run", "choose another --out")
-    columns = log.read_text(errors="replace").split("\n")[0] if log.exists() else ""
-    if "_per_second" in columns and f"{unit}_per_second" not in columns:
-        raise UserError(f"{folder} has another kind of run", "choose another --out")
-
-
-def save_checkpoint(path, content):
-    """Write tensors, numbers, strings and dicts, all or nothing."""
-    try:
-        with fineweb.atomic_write(path) as file:
-            torch.save({"format": FORMAT} | content, file)
-    except (OSError, RuntimeError) as error:  # PyTorch turns a full disk into a RuntimeError
-        reason = getattr(error, "strerror", None) or "the disk did not take all of it"
-        raise UserError(f"{path} cannot be written ({reason})", "make room, and go on") from error
-
-
-def read_checkpoint(path, holds="run", what_to_do="name another"):
-    """What save_checkpoint() wrote; UserError when it is damaged, or another kind of file."""
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path} is not there", "train first, or name another --ckpt")
-    what = f"a whole checkpoint of a {holds}, format {FORMAT}"
-    damage = (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, RuntimeError, OSError)
-    with fineweb.reading(path, what, *damage, what_to_do=what_to_do):
-        with zipfile.ZipFile(path) as parts:  # PyTorch does not look at the checksums
-            if parts.testzip():
-                raise zipfile.BadZipFile("its checksum is wrong")
+def read_checkpoint(path):
+    """What Run.save() wrote: tensors, numbers, strings and dicts."""
+    errors = (RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError)
+    with fineweb.reading(path, "a whole checkpoint of this program", *errors):
+        with zipfile.ZipFile(path) as parts:
+            if parts.testzip():  # PyTorch does not look at the checksums
+                raise ValueError("its checksum is wrong")
         # mapped, eight processes on a machine with GPUs share one copy in its memory
         mapped = torch.cuda.is_available()
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        if checkpoint["format"] != FORMAT:
-            raise ValueError(f"format {checkpoint['format']}")
-    if holds not in checkpoint:
-        raise UserError(f"{path} is not {what}, but has {', '.join(checkpoint)}", "name another")
+        checkpoint["about"]["step"]  # a KeyError in those of other programs
     return checkpoint
 
 
-def is_finished(path):
-    """Whether there is the checkpoint of a run that has come to its last step."""
-    return Path(path).exists() and read_checkpoint(path).get("finished", False)
+def is_finished(out):
+    """Whether the run in a folder has come to its end; its tensors are not read."""
+    path = Path(out, "ckpt.pt")
+    if not path.exists():
+        return False
+    return torch.load(path, "cpu", weights_only=True, mmap=True).get("finished", False)
 
 
-def draw_run(path, rows):
-    """A chart of the rows of a log: losses, and beside them HellaSwag or CIDEr-D if measured."""
-    titles = {
-        "hellaswag": "HellaSwag, acc_norm by token mean (OpenAI's 124M: 0.2955)",
-        "cider": "CIDEr-D of greedy captions",
-    }
-    lines = {"training": curve(rows, "loss")}
-    panels = {"loss, nats per token": lines}
-    for name in dict.fromkeys(itertools.chain(*rows)):
-        if name.startswith("val_"):
-            lines[name.replace("val_val", "validation").removeprefix("val_")] = curve(rows, name)
-        if name in titles:
-            panels[titles[name]] = {"validation": curve(rows, name)}
-    draw_curves(path, panels)
+def save_weights(path, module, about):
+    """A module's weights as one safetensors file, with what one has to know to use them."""
+    tensors = {name: t.cpu().contiguous() for name, t in module.state_dict().items()}
+    with fineweb.atomic_write(path) as file:
+        file.write(save(tensors, {"about": json.dumps(about)}))
+
+
+def read_weights(path):
+    """(what save_weights() wrote of them, or {}; the tensors) of a safetensors file."""
+    with fineweb.reading(path, "a file of weights", SafetensorError):
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
+            return about, {name: file.get_tensor(name) for name in file.keys()}
+
+
+def quality(row):
+    """What the best row of a log has most of: CIDEr-D, or else the lowest mean validation loss."""
+    losses = [value for name, value in row.items() if name.startswith("val_")]
+    return row.get("cider", -np.mean(losses) if losses else -math.inf)
+
+
+def draw_run(out, rows):
+    """Charts of the rows of a log: losses, and HellaSwag or CIDEr-D where they are measured."""
+    names = dict.fromkeys(itertools.chain(*rows))
+    losses = [name for name in names if name == "loss" or name.startswith("val_")]
+    draw_chart(out / "curves.png", "nats per token", {name: curve(rows, name) for name in losses})
+    for name in {"hellaswag", "cider"} & set(names):
+        draw_chart(out / f"{name}.png", name, {name: curve(rows, name)})
 
 
 def curve(rows, key):
@@ -1609,84 +1605,47 @@ def curve(rows, key):
     return [(row["step"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
 
 
-def draw_curves(path, panels):
-    """Line charts side by side; panels: {title: {label of a line: [(step, y), ...]}}."""
-    image = Image.new("RGB", (1800 * len(panels), 960), "white")
-    for i, (title, lines) in enumerate(panels.items()):
-        draw_panel(ImageDraw.Draw(image), 1800 * i, f"{title}, by step", lines)
-    with fineweb.atomic_write(path) as file:
-        image.reduce(2).save(file, "PNG")  # halved: smooth lines
-
-
-def draw_panel(draw, x0, title, lines):
-    """One chart, 1800 x 960 pixels, whose left edge is at x0."""
-    left, right = x0 + 140, x0 + 1740
-    top, bottom = 100, 840
+def draw_chart(path, title, lines):
+    """A line chart as a PNG; lines: {label: [(step, y), ...]}."""
     points = np.array(sum(lines.values(), [])).reshape(-1, 2)
-    x_ticks = nice_ticks(points[:, 0])
-    y_ticks = nice_ticks(points[:, 1])
+    low = points.min(0, initial=math.inf)
+    high = points.max(0, initial=-math.inf)
+    high = np.where(high > low, high, low + 1)
+    image = Image.new("RGB", (1800, 960), "white")
+    draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(30)
 
-    def pixels(x, y):
-        x = np.interp(x, [x_ticks[0], x_ticks[-1]], [left, right])
-        return x, np.interp(y, [y_ticks[0], y_ticks[-1]], [bottom, top])
+    def pixels(point):
+        x, y = (np.array(point) - low) / (high - low)
+        return 140 + 1600 * x, 840 - 740 * y
 
-    for tick in x_ticks:
-        x, _ = pixels(tick, 0)
-        draw.line((x, top, x, bottom), "#e5e7eb", 2)
-        draw.text((x, bottom + 16), f"{tick:,.6g}", "#374151", font, "mt")
-    for tick in y_ticks:
-        _, y = pixels(0, tick)
-        draw.line((left, y, right, y), "#e5e7eb", 2)
-        draw.text((left - 16, y), f"{tick:,.6g}", "#374151", font, "rm")
-    draw.text(((left + right) / 2, 28), title, "#111827", font, "mt")
+    for share in np.linspace(0, 1, 6):
+        step, y = low + share * (high - low)
+        x, height = 140 + 1600 * share, 840 - 740 * share
+        draw.text((x, 856), f"{step:,.0f}", "black", font, "mt")
+        draw.text((124, height), f"{y:.4g}", "black", font, "rm")
+        draw.line((140, height, 1740, height), "#e5e7eb", 2)
+    draw.text((940, 28), f"{title}, by step", "black", font, "mt")
     for i, (label, line) in enumerate(lines.items()):
         color = ("#94a3b8", "#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed")[i % 6]
-        if len(line) == 1:  # a dot
-            x, y = pixels(*line[0])
+        draw.line([pixels(point) for point in line], color, 5, "curve")
+        for x, y in map(pixels, line[-1:]):
             draw.ellipse((x - 8, y - 8, x + 8, y + 8), color)
-        if line:  # none where no value is finite
-            draw.line([pixels(x, y) for x, y in line], color, 5, "curve")
-        x = left + 280 * i  # the legend stands below the chart
-        draw.line((x, 924, x + 50, 924), color, 8)
-        draw.text((x + 64, 924), label, "#111827", font, "lm")
-
-
-def nice_ticks(values):
-    """About six ticks, at 1, 2 or 5 times a power of ten, between which all values lie."""
-    low = min(values, default=0)
-    span = (max(values, default=1) - low) or 1
-    unit = 10 ** math.floor(math.log10(span / 6))
-    step = min(unit * m for m in (1, 2, 5, 10) if span <= 6.001 * unit * m)
-    first = math.floor(low / step)
-    last = max(math.ceil((low + span) / step), first + 1)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+        draw.text((140 + 280 * i, 924), label, color, font, "lm")
+    with fineweb.atomic_write(path) as file:
+        image.reduce(2).save(file, "PNG")  # halved: smooth lines
 
 
 # -----------------------------------------------------------------------------
 # Command line
 
 
-def default_data(preset):
-    """Where the shards of a preset are without --data."""
-    return Path("data/tiny" if preset == "tiny" else "data/fineweb_edu")
-
-
-def choose_setup(preset, data, device):
-    """(preset, folder of shards): by flag; else gpt2 (GPU, 100 M tokens), small (--data), tiny."""
-    if preset is None:
-        preset = "small" if data else "tiny"  # small: less than 100 M tokens, or on a CPU
-        folder = Path(data or default_data("gpt2"))
-        if fineweb.read_tokens_info(folder)["tokenizer"] == "tiny":
-            preset = "tiny"
-        elif device.type == "cuda" and folder.exists() and len(open_shards(folder)[0]) >= 1e8:
-            preset = "gpt2"
-    if preset == "tiny" and data is None:
-        print("setup      toy. The full one: python fineweb.py --tokens 10B, then, with a GPU,")
-        print("           python train_gpt2.py --preset gpt2")
-        with rank_zero_first():
-            fineweb.make_toy_text(default_data("tiny"))
-    return preset, Path(data or default_data(preset))
+def choose_preset(data):
+    """gpt2 with a GPU and 100 M tokens of text; else small with --data; else tiny."""
+    shards = Path(data or "data/fineweb_edu").glob("*_train_*.bin")
+    if torch.cuda.is_available() and sum(path.stat().st_size for path in shards) >= 2e8:
+        return "gpt2"
+    return "small" if data else "tiny"
 
 
 def recipe_flags(args):
@@ -1702,39 +1661,24 @@ def with_flags(recipe, flags, T=1):
         what_to_do = f"give a multiple of {T:,}, at least {T * world_size():,}"
         raise UserError(f"a step of {recipe.batch_size:,} cannot be shared out", what_to_do)
     warmup_steps = min(recipe.warmup_steps, math.ceil(recipe.max_steps / 10))  # of a short trial
-    return replace(recipe, warmup_steps=warmup_steps)
-
-
-def open_shards(folder):
-    """The shards of a folder: (training set, {name: validation set}), one set for each NAME."""
-    train = []
-    val = {}
-    for path in sorted(Path(folder).glob("*.bin")):
-        match = re.fullmatch(r"(.+)_(train|val)(_\d+)?", path.stem)
-        if match:
-            paths = train if match[2] == "train" else val.setdefault(match[1], [])
-            paths.append(path)
-    if not train or not val:
-        wanted = "shards NAME_train_000001.bin and NAME_val_000000.bin"
-        raise UserError(f"{folder} has no {wanted}", "make them with fineweb.py")
-    if len(val) == 1:
-        val = {"val": val.popitem()[1]}
-    return TokenDataset(train), {name: TokenDataset(paths) for name, paths in val.items()}
+    recipe = replace(recipe, warmup_steps=warmup_steps)
+    sizes = {len(part) for part in share_out(np.arange(recipe.batch_size // T), recipe)}
+    if len(sizes) > 1 and torch.cuda.is_available():
+        print(f"note: micro-batches of {sorted(sizes)} are compiled twice; equal ones are faster")
+    return recipe
 
 
 def open_data(folder, config):
-    """(training set, validation sets, tokenizer); UserError for tokens of another vocabulary."""
-    train_set, val_sets = open_shards(folder)
-    tokenizer = fineweb.get_tokenizer(fineweb.read_tokens_info(folder)["tokenizer"])
-    if tokenizer.n_vocab != config.vocab_size:
-        vocabulary = f"{config.vocab_size:,}"
-        problem = f"{folder} has tokens of {tokenizer.name}, and the model has {vocabulary}"
-        raise UserError(problem, "name shards of the model's tokenizer with --data")
-    numbers = [int(path.stem[-6:]) for path in train_set.paths if path.stem[-6:].isdigit()]
-    missing = set(range(min(numbers, default=0), max(numbers, default=0))) - set(numbers)
-    if missing:
-        print(f"{folder} lacks the training shards {', '.join(map(str, sorted(missing)))}")
-    return train_set, val_sets, tokenizer
+    """(training set, {name: validation set}) of a folder of shards."""
+    train = sorted(Path(folder).glob("*_train_*.bin"))
+    val = sorted(Path(folder).glob("*_val_*.bin"))
+    if not train or not val:
+        wanted = "shards NAME_train_000001.bin and NAME_val_000000.bin"
+        raise UserError(f"{folder} has no {wanted}", "make them with fineweb.py")
+    val_sets = {path.stem.partition("_val_")[0]: TokenDataset([path], config) for path in val}
+    if len(val_sets) == 1:
+        val_sets = {"val": val_sets.popitem()[1]}
+    return TokenDataset(train, config), val_sets
 
 
 def digest(dataset):
@@ -1745,41 +1689,47 @@ def digest(dataset):
     return ends.hexdigest()[:16]
 
 
-def describe(run, preset, data, model, train_set, device):
+def describe(run, preset, data, epochs, device):
     """What will be done, a line each."""
     recipe = run.recipe
     is_cuda = device.type == "cuda"
     name = torch.cuda.get_device_name() if is_cuda else f"CPU, {torch.get_num_threads()} threads"
     precision = "bf16 products, fp32 weights" if uses_bf16(device) else "fp32"
-    parameters = sum(p.numel() for p in model.parameters())
-    epochs = recipe.max_steps * recipe.batch_size / len(train_set)
-    state = f"; {run.step:,} are done (--restart starts over)" if run.step else ""
+    parameters = sum(p.numel() for p in run.model.parameters())
+    state = f"; {run.step:,} are done" if run.step else ""
     print(f"model      {preset}: {parameters:,} parameters on {world_size()} x {name}, {precision}")
-    print(f"data       {data}: {len(train_set):,} tokens, {recipe.batch_size:,} for each step")
-    print(f"run        {run.out}: {recipe.max_steps:,} steps, {epochs:.1f} epochs{state}")
+    print(f"data       {data}: {epochs:.1f} epochs of it, {recipe.batch_size:,} tokens a step")
+    print(f"run        {run.out}: {recipe.max_steps:,} steps{state}", flush=True)
+    if run.model.config.n_embd >= 768 and not is_cuda:
+        print("           no GPU is seen, and a CPU takes months. Is the driver (nvidia-smi) too")
+        print("           old for this PyTorch? pytorch.org has wheels for older ones")
 
 
-def finish(run, model, tokenizer):
-    """Write and print samples, and what to do next."""
+def show_samples(run):
+    """Print samples of a finished run, and what to do next."""
+    model, tokenizer = load_model(run.out)
     freeze(model, pick_device())
-    samples = ""
     for prompt in ("", "The ", "In the beginning"):
         length = min(model.config.block_size, 200)
-        texts = complete(model, tokenizer, prompt, length, temperature=0.8, top_k=50)
-        samples += f"--- {texts[0]}\n"
-    with fineweb.atomic_write(run.out / "samples.txt", "w") as file:
-        file.write(samples)
-    print(samples)
-    print(f"{run.seconds:.0f} s of training; {run.out} has checkpoint, log, curves and samples.")
+        print("---", *complete(model, tokenizer, prompt, length, temperature=0.8, top_k=50))
+    print(f"---\n{run.seconds:.0f} s of training; {run.out} has checkpoint, log and curves.")
     print(f'Next: python train_gpt2.py --sample "The " --ckpt {shlex.quote(str(run.out))}')
+
+
+def newest_run():
+    """The folder of a preset's run that was written last."""
+    folders = [Path("runs") / preset for preset in PRESETS]
+    present = [folder for folder in folders if (folder / "ckpt.pt").exists()]
+    return max(present, key=lambda path: (path / "ckpt.pt").stat().st_mtime, default=folders[0])
 
 
 def main():
     """The commands at the top of this file."""
-    parser = fineweb.ArgumentParser(__doc__)
+    parser = fineweb.make_parser(__doc__)
     positive = number(int, 1)
     training = parser.add_argument_group("training")
     training.add_argument("--preset", choices=PRESETS, help="shape and recipe of the model")
+    training.add_argument("--init", metavar="CKPT", help="begin with these weights, as of --ckpt")
     training.add_argument("--out", help="folder of the run (default: runs/<preset>)")
     training.add_argument("--steps", dest="max_steps", type=positive, help="updates of the weights")
     training.add_argument("--batch-tokens", dest="batch_size", type=number(int, 1, 10**8),
@@ -1787,12 +1737,11 @@ def main():
     training.add_argument("--micro-batch", type=positive, help="windows at once: less memory")
     training.add_argument("--lr", type=number(float, 0, 1), help="the highest learning rate")
     training.add_argument("--eval-every", type=positive, help="steps between evaluations")
-    training.add_argument("--restart", action="store_true", help="forget the run in the folder")
-    parser.add_argument("--data", help="folder of shards (python fineweb.py makes one)")
+    parser.add_argument("--data", type=Path, help="folder of shards (python fineweb.py makes one)")
     parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
     group = parser.add_argument_group("with a trained model")
     task = group.add_mutually_exclusive_group()
-    task.add_argument("--sample", metavar="TEXT", type=str, help="continue TEXT")
+    task.add_argument("--sample", metavar="TEXT", help="continue TEXT")
     task.add_argument("--eval", action="store_true", help="validation loss and HellaSwag")
     task.add_argument("--export-hf", metavar="DIR", help="write a folder for transformers")
     group.add_argument("--ckpt", help="checkpoint, run, folder for transformers, or gpt2, gpt2-xl")
@@ -1805,29 +1754,43 @@ def main():
     sampling.add_argument("--num", type=number(int, 1, 10_000), default=1, help="samples (1)")
     args = parser.parse_args()
     join_processes()
-    path = args.ckpt or newest_run()
+    name = args.ckpt or newest_run()
     if args.eval:
-        parser.only("--eval", "--ckpt", "--data", "--limit")
-        evaluate(path, args.data, args.limit)
+        fineweb.only(parser, args, "--eval", "ckpt data limit")
+        evaluate(name, args.data, args.limit)
     elif args.export_hf:
-        parser.only("--export-hf", "--ckpt")
-        model, tokenizer, _ = load_model(path)
-        print(f"model      {path}")
-        export_hf(model, tokenizer, args.export_hf)
+        fineweb.only(parser, args, "--export-hf", "ckpt")
+        fineweb.refuse_existing(args.export_hf)
+        export_hf(*load_model(name), args.export_hf)
     elif args.sample is not None:
-        parser.only("--sample", "--ckpt", "--seed", sampling)
-        model, tokenizer, _ = load_model(path)
-        print(f"model      {path}")
+        of_sampling = "max_new_tokens temperature top_k top_p num"
+        fineweb.only(parser, args, "--sample", f"ckpt seed {of_sampling}")
+        model, tokenizer = load_model(name)
         freeze(model, pick_device())
         options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
         inputs = (args.sample, args.max_new_tokens, args.num, args.seed)
         print(*complete(model, tokenizer, *inputs, **options), sep="\n---\n", end="\n---\n")
     else:
-        parser.only("training", training, "--data", "--seed")
-        preset, data = choose_setup(args.preset, args.data, pick_device())
-        recipe = with_flags(RECIPES[preset], recipe_flags(args), PRESETS[preset].block_size)
-        train(preset, data, args.out or f"runs/{preset}", recipe, args.seed, args.restart)
+        names = "preset init data out seed max_steps batch_size micro_batch lr eval_every"
+        fineweb.only(parser, args, "training", names)
+        start_training(parser, args)
     leave_processes()
+
+
+def start_training(parser, args):
+    """train() for the flags of the command line."""
+    preset = args.preset or ("fine-tune" if args.init else choose_preset(args.data))
+    data = args.data or Path("data/toy" if preset == "tiny" else "data/fineweb_edu")
+    if args.init and args.preset:
+        parser.error("--init has the shape of its weights: leave --preset out")
+    if data == Path("data/toy"):
+        print("setup      toy. The full one: python fineweb.py --tokens 10B, then, with a GPU,")
+        print("           python train_gpt2.py --preset gpt2")
+        with first_of_node_first():
+            fineweb.make_toy_text(data)
+    T = 1 if args.init else PRESETS[preset].block_size
+    recipe = with_flags(RECIPES[preset], recipe_flags(args), T)
+    train(preset, data, args.out or f"runs/{preset}", recipe, args.seed, args.init)
 
 
 if __name__ == "__main__":
