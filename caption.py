@@ -24,10 +24,8 @@ tokens, D their width, N targets of a row, V vocabulary, W beams, K samples.
 """
 import contextlib
 import functools
-import hashlib
 import io
 import itertools
-import json
 import math
 import os
 import random
@@ -49,7 +47,18 @@ import coco_eval
 import fineweb
 import train_gpt2
 from fineweb import UserError, number
-from train_gpt2 import MLP, KVCache, Recipe, Run, autocast, fit, get_lr, pick_device, rank
+from train_gpt2 import (
+    MLP,
+    KVCache,
+    Recipe,
+    Run,
+    autocast,
+    fit,
+    get_lr,
+    pick_device,
+    rank,
+    short_hash,
+)
 
 # -----------------------------------------------------------------------------
 # 0. Why it works
@@ -113,9 +122,9 @@ class ImageEncoder:
         second_to_last = len(self.visual.transformer.resblocks) - 2
         with autocast(pick_device()):
             # open_clip's name for the loop above; the class token comes apart ("prefix")
-            out = self.visual.forward_intermediates(
-                images.to(pick_device()), indices=[second_to_last], stop_early=True,
-                intermediates_only=True, output_fmt="NLC", output_extra_tokens=True)
+            which = {"indices": [second_to_last], "stop_early": True, "intermediates_only": True}
+            layout = {"output_fmt": "NLC", "output_extra_tokens": True}
+            out = self.visual.forward_intermediates(images.to(pick_device()), **which, **layout)
         class_token = out["image_intermediates_prefix"][0]
         return torch.cat([class_token, out["image_intermediates"][0]], dim=1).float()
 
@@ -337,7 +346,7 @@ def build(name, S, D, decoder):
 #     cross              reads     <|endoftext|>   a     red      circle             P = 1
 #                        predicts  a               red   circle   <|endoftext|>
 #
-# All captions of a picture are packed after one prefix (train_gpt2.py, chapter 6), where each
+# All captions of a picture are packed after one prefix (train_gpt2.py, chapter 7), where each
 # attends to the prefix and to itself: one pass over P + 5 * 12 tokens does the work of five over
 # P + 12.
 
@@ -482,8 +491,8 @@ def train(name, setup, out, flags):
     run = open_run(name, setup, out, captioner.bridge, train_set, recipe)
     with run:
         if not run.finished:
-            get_batches = functools.partial(
-                get_micro_batches, train_set, captioner, recipe, setup.seed)
+            sources = (train_set, captioner, recipe, setup.seed)
+            get_batches = functools.partial(get_micro_batches, *sources)
             batches = train_gpt2.prefetch(get_batches, run.step, recipe.max_steps)
             fit(run, captioner, batches, lambda: validate(captioner, val_set), device)
     return run
@@ -491,9 +500,9 @@ def train(name, setup, out, flags):
 
 def validate(captioner, val_set):
     """Print the validation loss, and return it for the log."""
-    token, caption = caption_loss(captioner, val_set, pick_device())
+    token, caption = caption_loss(captioner, val_set)
     print(f"           val {token:.4f} nats per token, {caption:.3f} per caption", flush=True)
-    return {"val_val": token}
+    return {"val": token}
 
 
 # -----------------------------------------------------------------------------
@@ -565,10 +574,9 @@ def train_on_scores(name, setup, out, flags, base):
 
     with run:
         if not run.finished:
-            batches = sampled_batches(
-                train_set, captioner, recipe, setup.seed, setup.tokenizer, run.step)
+            sources = (train_set, captioner, recipe, setup.seed)
+            batches = sampled_batches(*sources, setup.tokenizer, run.step)
             fit(run, ScoredCaptioner(captioner), batches, evaluate, device)
-    return run
 
 
 def sampled_batches(train_set, captioner, recipe, seed, tokenizer, first_step):
@@ -633,18 +641,6 @@ def advantages_of(rewards):
 # Beam search
 
 
-def prefill(captioner, vision, W):
-    """(cache, hidden states (B * W, C) of the last position): once a picture, then W rows of it."""
-    decoder = captioner.decoder
-    cache = [KVCache() for _ in decoder.h]
-    look = captioner.bridge.look(vision)
-    h = captioner.hidden_states(captioner.beginning(vision), look, cache=cache)
-    for layer in cache:
-        layer.k = layer.k.repeat_interleave(W, 0)
-        layer.v = layer.v.repeat_interleave(W, 0)
-    return cache, h[:, -1].repeat_interleave(W, 0)
-
-
 @torch.no_grad()
 def beam_search(captioner, vision, beams, max_new_tokens=None, length_penalty=1.0):
     """Token ids (B, new) of the best caption, keeping W = `beams` beginnings at every step:
@@ -660,16 +656,16 @@ def beam_search(captioner, vision, beams, max_new_tokens=None, length_penalty=1.
     decoder = captioner.decoder
     eot = captioner.eot
     B = len(vision)
-    W = beams
     device = vision.device
-    first_row = W * torch.arange(B, device=device)[:, None]  # of the cache, for each picture
-    tokens = torch.zeros(B, W, 0, dtype=torch.long, device=device)
-    done = torch.zeros(B, W, dtype=torch.bool, device=device)
-    total = torch.full((B, W), -math.inf, device=device)
-    total[:, 0] = 0  # the beams are alike at first: only one may go on
-    cache, h = prefill(captioner, vision, W)
-    look = captioner.bridge.look(vision.repeat_interleave(W, 0))
+    tokens = torch.zeros(B, 1, 0, dtype=torch.long, device=device)  # one beam at first, then W
+    done = torch.zeros(B, 1, dtype=torch.bool, device=device)
+    total = torch.zeros(B, 1, device=device)
+    cache = [KVCache() for _ in decoder.h]
+    look = captioner.bridge.look(vision)
+    x = captioner.beginning(vision)  # (B, P, C): prefill, once a picture
     for step in range(min(max_new_tokens or captioner.room, captioner.room)):
+        h = captioner.hidden_states(x, look, cache=cache)[:, -1]  # (B * W, C)
+        W = tokens.size(1)
         log_p = decoder.logits(h).float().log_softmax(-1).view(B, W, -1)
         V = log_p.size(2)
         log_p[done] = -math.inf  # a finished beam is followed by <|endoftext|>, for free
@@ -677,22 +673,23 @@ def beam_search(captioner, vision, beams, max_new_tokens=None, length_penalty=1.
         sums = total[:, :, None] + log_p  # (B, W, V)
         lengths = (tokens != eot).sum(2) + 1  # (B, W), with the next token, or the end
         worth = sums / lengths[:, :, None] ** length_penalty  # (B, W, V)
-        best = worth.view(B, -1).topk(W).indices  # (B, W) of W * V, the best first
+        best = worth.view(B, -1).topk(beams).indices  # (B, W) of W * V, the best first
         parent = best // V  # (B, W), the beam that goes on
         token = best % V  # (B, W), with this token
         total = sums.view(B, -1).gather(1, best)  # (B, W)
-        tokens = tokens.gather(1, parent[:, :, None].expand_as(tokens))
+        tokens = tokens.gather(1, parent[:, :, None].expand(-1, -1, step))
         tokens = torch.cat([tokens, token[:, :, None]], dim=2)  # (B, W, step + 1)
         done = done.gather(1, parent) | (token == eot)
         if done.all():
             break
-        rows = (first_row + parent).view(-1)  # a beam takes over the cache of its parent
-        for layer in cache:
+        rows = (W * torch.arange(B, device=device)[:, None] + parent).view(-1)
+        for layer in cache:  # a beam takes over the cache of its parent
             layer.k = layer.k[rows]
             layer.v = layer.v[rows]
+        if step == 0:
+            look = captioner.bridge.look(vision.repeat_interleave(beams, 0))
         position = torch.full((1,), captioner.bridge.P + step, device=device)
         x = decoder.embed(token.view(-1, 1), position)
-        h = captioner.hidden_states(x, look, cache=cache)[:, -1]
     return tokens[:, 0]
 
 
@@ -701,13 +698,14 @@ def beam_search(captioner, vision, beams, max_new_tokens=None, length_penalty=1.
 
 
 @torch.no_grad()
-def caption_loss(captioner, pictures, device, batch=50):
+def caption_loss(captioner, pictures, batch=50):
     """(nats per token, nats per caption) over a PictureSet."""
     nats = 0.0
     tokens = 0
     for i in train_gpt2.progress(range(0, len(pictures), batch), "validation"):
         part = range(i, min(i + batch, len(pictures)))
         packed = captioner.pack([pictures.captions[j] for j in part])
+        device = pick_device()
         with autocast(device):
             _, loss = captioner(pictures.vision(part).to(device), packed.to(device))
         count = (packed.targets >= 0).sum().item()
@@ -736,10 +734,7 @@ def write_captions(captioner, vision, tokenizer, prompts=None, beams=1, **option
 
 
 def ask_facts(pictures, tokenizer, answer):
-    """{fact: how often it is right} when answer() completes beginnings (B, n) that ask for it.
-
-    Prints the first question about a place with its answer, as an example.
-    """
+    """{fact: how often it is right} when answer() completes beginnings (B, n) that ask for it."""
     rng = random.Random(0)
     asked = [coco_eval.questions(picture["scene"], rng) for picture in pictures]
     shares = {}
@@ -748,9 +743,6 @@ def ask_facts(pictures, tokenizer, answer):
         pairs = zip(texts, pictures, strict=True)
         correct = [coco_eval.facts(text, p["scene"])[fact] is True for text, p in pairs]
         shares[fact] = sum(correct) / len(correct)
-        if fact == "place":
-            verdict = "right" if correct[0] else "wrong"
-            print(f'asked      "{asked[0][fact]} ...", for example: "{texts[0]}" is {verdict}')
     return shares
 
 
@@ -784,7 +776,6 @@ def evaluate(out, setup, beam=None):
     The files are results.json, in COCO's format, scores.json and grid.png. "shuffled": each caption
     with the vision tokens of another picture; what is right then was guessed.
     """
-    device = pick_device()
     out = Path(out)
     captioner = load_captioner(out / "best.safetensors", setup)
     val_set = load_pictures(setup, "test" if setup.karpathy else "val")
@@ -796,8 +787,8 @@ def evaluate(out, setup, beam=None):
         "pictures": len(val_set),
         "decoding": decoding,
         **scores["corpus"],
-        "nats per caption": caption_loss(captioner, val_set, device)[1],
-        "shuffled": caption_loss(captioner, shuffled, device)[1],
+        "nats per caption": caption_loss(captioner, val_set)[1],
+        "shuffled": caption_loss(captioner, shuffled)[1],
     }
     lines = []
     if all(picture["scene"] for picture in val_set.pictures):  # the toy pictures
@@ -820,10 +811,7 @@ def evaluate(out, setup, beam=None):
 
 
 def scene_facts(captioner, setup, val_set, shuffled, texts):
-    """({fact: share}, lines to print) of toy pictures, whose scenes are known, and their captions.
-
-    Also of pictures with pairs of color and shape that no training picture has ("unseen pairs").
-    """
+    """({fact: share}, lines to print) of toy pictures, whose scenes are known, with captions."""
     pairs = zip(texts, val_set.pictures, strict=True)
     wrong = [False in coco_eval.facts(text, p["scene"]).values() for text, p in pairs]
     row = {"captions true": 1 - sum(wrong) / len(wrong)}
@@ -870,7 +858,7 @@ def compare(args):
     for name in BRIDGES:
         out = run_folder(args, setup, name)
         run = train(name, setup, out, train_gpt2.recipe_flags(args))
-        curves[name] = train_gpt2.curve(run.rows, "val_val")
+        curves[name] = train_gpt2.curve(run.rows, "val")
         columns[name] = evaluate(out, setup) | {"seconds": run.seconds}
     pictures = load_pictures(setup, "val").pictures
     if setup.tokenizer.name == "tiny" and all(picture["scene"] for picture in pictures):
@@ -925,7 +913,7 @@ def word_attention(captioner, vision, text, tokenizer):
     """(the words of a caption, how much each sees of the vision tokens: (words, S)).
 
     It is the attention where a word is predicted, the mean over heads and layers, in a pass over
-    the picture (1, S, D) and the text. Behind a Q-Former words see queries, and those the picture.
+    the picture (1, S, D) and the text. With a Q-Former words see queries, and those the picture.
     """
     ids = tokenizer.encode_ordinary(text)[: captioner.room]
     packed = captioner.pack([[[*ids, captioner.eot]]]).to(vision.device)
@@ -980,7 +968,9 @@ def find_pictures(names):
             raise UserError(f"{name} is not there", "check the path")
         files = [path]
         if path.is_dir():
-            inside = [file for file in sorted(path.rglob("[!.]*")) if file.is_file()]
+            inside = [file for file in sorted(path.rglob("*")) if file.is_file()]
+            hidden = [file for file in inside if "/." in f"/{file.relative_to(path).as_posix()}"]
+            inside = [file for file in inside if file not in hidden]
             files = [file for file in inside if file.suffix.lower() in kinds]
             print(f"{name}: {len(files)} pictures, {len(inside) - len(files)} other files")
         found += files
@@ -1024,12 +1014,10 @@ def sample(args):
     if args.grid:
         draw_grid(args.grid, cells)
         print(f"{args.grid} has the pictures with their captions")
-    if args.attention and not texts[0]:
-        raise UserError("the caption is empty", "there is no word whose attention could be drawn")
     if args.attention:
         vision = pool_tokens(setup.encoder(setup.encoder.preprocess(image)[None]))
-        draw_attention(
-            args.attention, image, *word_attention(captioner, vision, texts[0], setup.tokenizer))
+        words, seen = word_attention(captioner, vision, texts[0], setup.tokenizer)
+        draw_attention(args.attention, image, words, seen)
         print(f"{args.attention} has what each word looks at, and the share of the class token")
 
 
@@ -1058,17 +1046,13 @@ def trained_captioner(args):
         setup = open_setup(choose_setup(args, about=read_bridge(file)[0]), make=False)
         return load_captioner(file, setup), setup
     out, names, base = choose_run(args, seed=0)
-    flags = train_gpt2.recipe_flags(args)
-    missing = not train_gpt2.is_finished(out)
-    if base and missing:
-        require_trained(base)
-    setup = open_setup(names)
-    if missing:
+    if not train_gpt2.is_finished(out):
         print(f"missing    the bridge: training {args.bridge}")
-        train_bridge(args.bridge, setup, out, flags, base)
-        evaluate(out, setup)
-    elif flags:
-        print(f"{out} is trained: flags of training are not used")
+        setup = train_bridge(args, out, names, base)
+    else:
+        setup = open_setup(names)
+        if train_gpt2.recipe_flags(args):
+            print(f"{out} is trained: flags of training are not used")
     return load_captioner(out / "best.safetensors", setup), setup
 
 
@@ -1083,7 +1067,7 @@ def read_bridge(path):
 
 
 def load_captioner(path, setup):
-    """The Captioner of a bridge's file; UserError if its decoder, CLIP or pictures were others."""
+    """The Captioner of a bridge's file; UserError if its decoder or CLIP were others."""
     about, tensors = read_bridge(path)
     here = {"lm": setup.lm_digest, "clip": setup.encoder.digest}
     for flag, digest in here.items():
@@ -1107,8 +1091,7 @@ def load_pictures(setup, split):
         features = cached_features(setup.encoder, pictures, setup.data, split, setup.karpathy)
     rows = np.flatnonzero(~np.isnan(features[:, 0, 0]))
     if len(rows) < len(pictures):
-        print(f"left out   {len(pictures) - len(rows)} of {len(pictures)} pictures ({split}): "
-              "they cannot be read")
+        print(f"left out   {len(pictures) - len(rows)} pictures ({split}) that cannot be read")
     if not len(rows):
         raise UserError(f"no picture of {setup.data} ({split}) can be read", "check the folder")
     pictures = [pictures[i] for i in rows]
@@ -1131,16 +1114,13 @@ def cached_features(encoder, pictures, folder, split, karpathy=False):
     unnoticed.
     """
     precision = "bf16" if train_gpt2.uses_bf16(pick_device()) else "fp32"
-    key = f"{folder.resolve()} {karpathy} {encoder.digest} {precision}"
-    key = hashlib.sha256(key.encode(errors="replace")).hexdigest()[:16]
+    key = short_hash([str(folder.resolve()), karpathy, encoder.digest, precision])
     path = Path("data/features") / f"{folder.resolve().name}-{split}-{key}.bin"
-    digest = hashlib.sha256()
-    for picture in pictures:
-        change = None
-        if picture["path"].exists():
-            change = (picture["path"].stat().st_size, picture["path"].stat().st_mtime_ns)
-        digest.update(f"{picture['path'].name} {change}\n".encode(errors="replace"))
-    digest = digest.hexdigest()
+    states = []
+    for file in [picture["path"] for picture in pictures]:
+        stat = file.stat() if file.exists() else None
+        states.append((file.name, stat and (stat.st_size, stat.st_mtime_ns)))
+    digest = short_hash(states)
     digest_file = path.with_suffix(".sha256")
     shape = (len(pictures), 33, encoder.visual.transformer.width)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1166,8 +1146,8 @@ def encode_pictures(encoder, pictures, path, shape):
         file.truncate(done * batch_bytes)
         batches = math.ceil(len(pictures) / BATCH)
         loader = train_gpt2.prefetch(get_batch, done, batches, min(os.cpu_count(), 16))
-        for _, batch in tqdm(loader, "vision tokens", initial=done, total=batches,
-                             unit_scale=BATCH, unit=" pictures", disable=None):
+        bar = tqdm(loader, "vision tokens", batches, initial=done, unit_scale=BATCH, disable=None)
+        for _, batch in bar:
             tokens = pool_tokens(encoder(torch.stack(batch)))  # (B, S, D)
             file.write(tokens.cpu().numpy().astype(np.float16).tobytes())
 
@@ -1186,11 +1166,11 @@ def prepared(encoder, picture):
 
 CLIP_FOR_GPU = "ViT-L-14-quickgelu/openai"
 CLIP_FOR_CPU = "ViT-B-32-quickgelu/openai"
+TOY_VISION = {"image_size": 64, "patch_size": 8, "width": 96, "layers": 3, "head_width": 32}
 TOY_CLIP = {
     "embed_dim": 64,
     "quick_gelu": True,
-    "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 96, "layers": 3, "head_width": 32,
-                   "pool_type": "avg"},
+    "vision_cfg": {**TOY_VISION, "pool_type": "avg"},
     "text_cfg": {"context_length": 32, "vocab_size": 431, "width": 64, "heads": 2, "layers": 2},
 }
 
@@ -1210,6 +1190,8 @@ def choose_setup(args, seed=0, about=None):
     given = {key: getattr(args, key) for key in usual if getattr(args, key)}
     names = {key: given.get(key, about.get(key, usual[key])) for key in usual}
     karpathy = args.karpathy or about.get("karpathy", False)
+    if karpathy and toy:
+        raise UserError("--karpathy is a split of COCO", "name its folder with --data")
     return Setup(toy, Path(names["data"]), names["lm"], names["clip"], seed, karpathy)
 
 
@@ -1220,8 +1202,6 @@ def open_setup(names, make=True):
     elif make:
         coco_eval.find_layout(names.data, "val")  # or an error, before anything is downloaded
     print(f"setup      decoder {names.lm}, pictures {names.data}, CLIP {names.clip}")
-    if names.clip == CLIP_FOR_CPU and pick_device().type == "cpu":
-        print(f"           (there is no GPU: {CLIP_FOR_GPU} is 18 times as much work)")
     with train_gpt2.first_of_node_first():
         try:
             decoder, tokenizer = train_gpt2.load_model(names.lm)
@@ -1248,10 +1228,8 @@ def make_toy_parts(names):
     lm, clip = toy_parts(names.seed)
     if names.lm == lm and not train_gpt2.is_finished(names.lm):
         print(f"missing    the decoder: python train_gpt2.py --preset tiny --out {names.lm}")
-        data = Path("data/toy")
-        with train_gpt2.first_of_node_first():
-            fineweb.make_toy_text(data)
-        train_gpt2.train("tiny", data, names.lm, train_gpt2.RECIPES["tiny"], names.seed)
+        recipe = train_gpt2.RECIPES["tiny"]
+        train_gpt2.train("tiny", Path("data/toy"), names.lm, recipe, names.seed)
     with train_gpt2.first_of_node_first():
         if names.data == Path("data/shapes") and not names.data.exists():
             print(f"missing    the pictures: drawing them in {names.data}")
@@ -1262,15 +1240,12 @@ def make_toy_parts(names):
 
 
 def load_clip(which):
-    """The ImageEncoder of our own file, or of open_clip: NAME/TAG or NAME/FILE.
-
-    Its digest is that of the weights, the activation and the preprocessing.
-    """
+    """The ImageEncoder of our own file, or of open_clip: NAME/TAG or NAME/FILE."""
     import open_clip  # here, because it takes five seconds
 
     if Path(which).is_file():
         about, tensors = train_gpt2.read_weights(which)
-        model = open_clip.CLIP(**about.get("clip", TOY_CLIP))
+        model = open_clip.CLIP(**about["clip"])
         model.load_state_dict(tensors)
         preprocess = open_clip.image_transform(model.visual.image_size, is_train=False)
     else:
@@ -1296,8 +1271,7 @@ def load_clip(which):
     kinds = {type(module).__name__ for module in model.visual.modules()}
     activation = sorted(kind for kind in kinds if "GELU" in kind)
     preprocessing = sorted(open_clip.get_model_preprocess_cfg(model).items())
-    identity = f"{train_gpt2.fingerprint(model.visual)} {activation} {preprocessing}"
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    digest = short_hash([train_gpt2.fingerprint(model.visual), activation, preprocessing])
     return ImageEncoder(time_first(model.visual), preprocess, digest)
 
 
@@ -1377,11 +1351,8 @@ def clip_texts(captions):
     """
     tokenizer = fineweb.get_tokenizer(fineweb.TOY_VOCAB)
     begin = tokenizer.eot_token - 1  # " .", which no caption has
-    rows = []
-    for words in captions:  # 21 tokens at most
-        tokens = [begin, *tokenizer.encode_ordinary(" ".join(words)), tokenizer.eot_token]
-        rows.append(tokens + [0] * (32 - len(tokens)))
-    return torch.tensor(rows)
+    texts = [tokenizer.encode_ordinary(" ".join(words)) for words in captions]  # 19 at most
+    return train_gpt2.pad([[begin, *text, tokenizer.eot_token] for text in texts], 0, 32)
 
 
 # -----------------------------------------------------------------------------
@@ -1394,8 +1365,7 @@ FULL_RATES = {"linear": (2e-3, 0), "cross": (4e-4, 0), "qformer": (4e-4, 0)}
 
 def choose_recipe(name, setup, pictures, flags, scst=False):
     """All bridges share one budget; only the learning rates are each one's own."""
-    rates = TOY_RATES if setup.toy else FULL_RATES
-    lr, muon = rates["linear" if name == "blind" else name]
+    lr, muon = (TOY_RATES if setup.toy else FULL_RATES)["linear" if name == "blind" else name]
     has_gpu = pick_device().type == "cuda"
     passes = 4 if has_gpu else 1.5  # over the photographs: an hour on a laptop
     batch = flags.get("batch_size", 64 if has_gpu and not setup.toy else 32)
@@ -1408,9 +1378,12 @@ def choose_recipe(name, setup, pictures, flags, scst=False):
     steps = flags.get("max_steps", steps)
     warmup = max(1, round(0.03 * steps))
     evaluations = 10 if has_gpu or setup.toy else 4
-    recipe = Recipe(steps, batch, batch, lr, warmup, cooldown=0.6, muon=muon, weight_decay=decay,
-                    eval_every=max(1, steps // evaluations), log_every=20 if setup.toy else 5)
-    return train_gpt2.with_flags(recipe, flags)
+    every = {"eval_every": max(1, steps // evaluations), "log_every": 20 if setup.toy else 5}
+    rates = {"cooldown": 0.6, "muon": muon, "weight_decay": decay}
+    recipe = Recipe(steps, batch, batch, lr, warmup, **rates, **every)
+    recipe = train_gpt2.with_flags(recipe, flags)
+    train_gpt2.check_batch_size(recipe)
+    return recipe
 
 
 def open_run(name, setup, out, bridge, train_set, recipe, base=None):
@@ -1430,9 +1403,8 @@ def open_run(name, setup, out, bridge, train_set, recipe, base=None):
         "clip": setup.clip,
         "clip_digest": setup.encoder.digest,
     }
-    identity = {
-        "bridge": name,
-        "seed": setup.seed,
+    identity = {key: about[key] for key in ("bridge", "seed")}
+    identity |= {
         "batch size": recipe.batch_size,
         "optimizer": "Muon" if recipe.muon else "AdamW",
         "digest of pictures or captions": about["pictures"],
@@ -1441,14 +1413,14 @@ def open_run(name, setup, out, bridge, train_set, recipe, base=None):
         "digest of first weights": train_gpt2.fingerprint(bridge) if base else "",
     }
     optimizer = train_gpt2.configure_optimizer(bridge, recipe)
-    return Run(out, bridge, optimizer, recipe, identity, about,
-               began_trained=base is not None, unit="pictures")
+    run = Run(Path(out), bridge, optimizer, recipe, identity, about, unit="pictures")
+    run.began_trained = base is not None
+    return run
 
 
 def pictures_digest(pictures):
-    """Tells sets of pictures apart: a hash of their names and captions."""
-    content = [[picture["path"].name, picture["captions"]] for picture in pictures]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    """Tells sets of pictures apart, by their names and captions."""
+    return short_hash([(picture["path"].name, picture["captions"]) for picture in pictures])
 
 
 def run_folder(args, setup, name, scst=False):
@@ -1463,10 +1435,7 @@ def run_folder(args, setup, name, scst=False):
 
 
 def choose_run(args, seed):
-    """(folder, names of the Setup, folder from which --scst goes on, or None) for the flags.
-
-    A bridge that is there names its parts. UserError if --data has other pictures or captions.
-    """
+    """(folder, names of the Setup, folder from which --scst goes on, or None) for the flags."""
     names = choose_setup(args, seed)
     out = run_folder(args, names, args.bridge, args.scst)
     base = run_folder(args, names, args.bridge) if args.scst else None
@@ -1482,17 +1451,18 @@ def choose_run(args, seed):
     return out, names, base
 
 
-def require_trained(folder):
-    """UserError if a run has not come to its end."""
-    if not train_gpt2.is_finished(folder):
-        raise UserError(f"{folder} has no trained bridge", "train it to its end first")
-
-
-def train_bridge(name, setup, out, flags, base):
-    """train(), or, from the run in `base`, train_on_scores()."""
+def train_bridge(args, out, names, base):
+    """Train a bridge, or that of the run `base` further on CIDEr-D; score it; returns the Setup."""
+    if base and not train_gpt2.is_finished(base):
+        raise UserError(f"{base} has no trained bridge", "train it to its end first")
+    setup = open_setup(names)
+    flags = train_gpt2.recipe_flags(args)
     if base:
-        return train_on_scores(name, setup, out, flags, base / "best.safetensors")
-    return train(name, setup, out, flags)
+        train_on_scores(args.bridge, setup, out, flags, base / "best.safetensors")
+    else:
+        train(args.bridge, setup, out, flags)
+    evaluate(out, setup, args.beam)
+    return setup
 
 
 # -----------------------------------------------------------------------------
@@ -1503,32 +1473,29 @@ def main():
     """The commands at the top of this file."""
     parser = fineweb.make_parser(__doc__)
     positive = number(int, 1)
-    group = parser.add_argument_group("what to do (default: train --bridge and score it)")
-    group.add_argument("--bridge", choices=BRIDGES, help="how the picture gets into the decoder")
-    group.add_argument("--scst", action="store_true", help="train it further, on CIDEr-D itself")
-    task = group.add_mutually_exclusive_group()
+    add = parser.add_argument
+    add("--bridge", choices=BRIDGES, help="how the picture gets into the decoder")
+    add("--scst", action="store_true", help="train it further, on CIDEr-D itself")
+    task = parser.add_mutually_exclusive_group()
     task.add_argument("--sample", nargs="+", metavar="PICTURE", help="files, folders, https://…")
     task.add_argument("--eval", action="store_true", help="score the bridge of a run")
     task.add_argument("--compare", action="store_true", help="train and score all bridges")
-    parts = parser.add_argument_group("the frozen parts and the pictures")
-    parts.add_argument("--data", metavar="DIR", help="pictures in COCO's layout (data/coco)")
-    parts.add_argument("--karpathy", action="store_true", help="COCO as Karpathy split it")
-    parts.add_argument("--lm", metavar="CKPT", help="the decoder, as train_gpt2.py --ckpt names it")
-    parts.add_argument("--clip", help=f"NAME/TAG or NAME/FILE ({CLIP_FOR_GPU} or, on a CPU, B-32)")
-    training = parser.add_argument_group("training")
-    training.add_argument("--steps", dest="max_steps", type=positive, help="updates of the bridge")
-    training.add_argument("--batch", dest="batch_size", type=positive, help="pictures a step")
-    training.add_argument("--micro-batch", type=positive, help="pictures at once, for less memory")
-    training.add_argument("--lr", type=number(float, 0, 1), help="the highest learning rate")
-    parser.add_argument("--out", metavar="DIR", help="the run (default: runs/<setup>-<bridge>)")
-    parser.add_argument("--seed", type=number(int, 0, 10**6), default=0, help="also of --num")
-    captions = parser.add_argument_group("captions")
-    captions.add_argument("--ckpt", metavar="FILE", help="the bridge (default: that of the run)")
-    captions.add_argument("--beam", type=number(int, 2, 100), metavar="W", help="else greedy")
-    captions.add_argument("--num", type=number(int, 1, 1000), help="sampled ones for each picture")
-    captions.add_argument("--temperature", type=number(float, 0, 100), help="of these (0.8)")
-    captions.add_argument("--grid", metavar="FILE", help="draw the pictures with their captions")
-    captions.add_argument("--attention", metavar="FILE", help="draw what each word looks at")
+    add("--data", metavar="DIR", help="pictures in COCO's layout (data/coco)")
+    add("--karpathy", action="store_true", help="COCO as Karpathy split it")
+    add("--lm", metavar="CKPT", help="the decoder, as train_gpt2.py --ckpt names it")
+    add("--clip", help=f"NAME/TAG or NAME/FILE ({CLIP_FOR_GPU} or, on a CPU, B-32)")
+    add("--steps", dest="max_steps", type=positive, help="updates of the bridge")
+    add("--batch", dest="batch_size", type=positive, help="pictures a step")
+    add("--micro-batch", type=positive, help="pictures at once, for less memory")
+    add("--lr", type=number(float, 0, 1), help="the highest learning rate")
+    add("--out", metavar="DIR", help="the run (default: runs/<setup>-<bridge>)")
+    add("--seed", type=number(int, 0, 10**6), default=0, help="also of --num")
+    add("--ckpt", metavar="FILE", help="the bridge (default: that of the run)")
+    add("--beam", type=number(int, 2, 100), metavar="W", help="captions by beam search, not greedy")
+    add("--num", type=number(int, 1, 1000), help="so many sampled captions for each picture")
+    add("--temperature", type=number(float, 0, 100), help="of sampled captions (0.8)")
+    add("--grid", metavar="FILE", help="draw the pictures with their captions")
+    add("--attention", metavar="FILE", help="draw what each word looks at")
     args = parser.parse_args()
     if not args.bridge and not args.compare and not args.ckpt:
         parser.error("there is nothing to do: give --bridge linear, --compare, or --ckpt")
@@ -1540,7 +1507,8 @@ def main():
         compare(args)
     elif args.sample:
         which = "ckpt lm clip" if args.ckpt else f"bridge scst {flags}"
-        how = "beam" if args.beam else "num temperature seed"
+        how = "beam" if args.beam else "num temperature"
+        how += " seed" if args.num or args.temperature is not None else ""
         fineweb.only(parser, args, "--sample", f"{which} {how} grid attention")
         sample(args)
     else:
@@ -1548,12 +1516,11 @@ def main():
         flags = f"{names} out" if args.eval else flags
         fineweb.only(parser, args, what, f"bridge scst beam seed {flags}")
         out, names, base = choose_run(args, args.seed)
-        if args.eval or base:
-            require_trained(out if args.eval else base)
-        setup = open_setup(names)
-        if not args.eval:
-            train_bridge(args.bridge, setup, out, train_gpt2.recipe_flags(args), base)
-        evaluate(out, setup, args.beam)
+        if args.eval:
+            read_bridge(out / "best.safetensors")  # fails here, before anything is loaded
+            evaluate(out, open_setup(names), args.beam)
+        else:
+            train_bridge(args, out, names, base)
     train_gpt2.leave_processes()
 
 

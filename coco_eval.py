@@ -404,9 +404,8 @@ TOKEN = regex.compile(
     """,
     regex.VERBOSE,
 )
-REPLACED = str.maketrans(
-    {"‘": "'", "’": "'", "´": "'", "–": "-", "—": "-", "…": " ... ", "\u00ad": "", "€": "$",
-     "£": "#", "½": "1/2", "¼": "1/4", "¾": "3/4", **dict.fromkeys("“”«»‹›", '"')})
+REPLACED = str.maketrans("‘’´–—€£“”«»‹›", "'''--$#" + 6 * '"', "\u00ad")  # the last one by nothing
+REPLACED |= str.maketrans({"…": " ... ", "½": "1/2", "¼": "1/4", "¾": "3/4"})
 INVISIBLE = regex.compile(r"[\p{Cf}\p{Cc}\p{Variation_Selector}\u20e3]")  # joiners and the like
 BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 DROPPED = {"'", "`", "``", '"', ".", "..", "...", "?", "!", ",", ":", ";", "-", "--", "---"}
@@ -430,18 +429,12 @@ def tokenize(caption):
 # Evaluation
 
 
-def evaluate(references, candidates):
-    """Score raw captions, {id: [str, ...]} and {id: str}; result as of score_tokens()."""
-    tokens = {id: [tokenize(caption) for caption in group] for id, group in references.items()}
-    return score_tokens(tokens, {id: tokenize(caption) for id, caption in candidates.items()})
-
-
-def score_tokens(references, candidates):
-    """Score captions that are token lists already. Pictures without a candidate are left out.
+def evaluate(references, candidates, tokenize=tokenize):
+    """Score captions, {id: [str, ...]} and {id: str}. Pictures without a candidate are left out.
 
     Returns {"corpus": {"CIDEr", "METEOR", "BLEU-1", ..., "BLEU-4", "ROUGE-L"}, "per_image": {id:
-    {the same}}}. 7, 7.0 and "7" are the same id. Raises UserError for a candidate without
-    references, or no candidate.
+    {the same}}}. 7, 7.0 and "7" are the same id. tokenize: list, for captions that are tokens.
+    Raises UserError for a candidate without references, or no candidate.
     """
     known = {id_text(id): captions for id, captions in references.items()}
     if not candidates:
@@ -449,8 +442,8 @@ def score_tokens(references, candidates):
     for id in candidates:
         if not known.get(id_text(id)):
             raise UserError(f"picture {id} has no references", "score it with its own annotations")
-    targets = [known[id_text(id)] for id in candidates]
-    texts = list(candidates.values())
+    targets = [[*map(tokenize, known[id_text(id)])] for id in candidates]
+    texts = [*map(tokenize, candidates.values())]
     scores = {}
     for metric in tqdm((cider, meteor, bleu, rouge_l), "scores", leave=False, disable=None):
         scores |= metric(targets, texts)
@@ -516,9 +509,7 @@ def read_dataset(folder, split, karpathy=False):
     if karpathy:
         return read_karpathy(folder, split)
     path, pictures, shared = find_layout(folder, split)
-    captions = {}
-    for id, caption in read_captions(path):
-        captions.setdefault(id, []).append(caption)
+    captions = read_references(path)
     dataset = {}
     with fineweb.reading(path, 'COCO\'s "images" with "id" and "file_name"'):
         entries = json.loads(path.read_bytes())["images"]
@@ -556,10 +547,11 @@ def read_karpathy(folder, split):
         for entry in json.loads(path.read_bytes())["images"]:
             if entry["split"] in names:
                 name = f"{entry['cocoid']:012d}.jpg"
-                years = [folder / year / name for year in ("train2017", "val2017")]
+                file = folder / "train2017" / name
+                file = file if file.exists() else folder / "val2017" / name
                 captions = [sentence["raw"] for sentence in entry["sentences"]]
-                dataset.append({"id": entry["cocoid"], "path": years[not years[0].exists()],
-                                "captions": captions, "scene": None})
+                picture = {"id": entry["cocoid"], "path": file, "captions": captions, "scene": None}
+                dataset.append(picture)
     if not dataset or not dataset[0]["path"].exists():
         raise UserError(f"{folder} has no pictures of {path}", "get all of COCO 2017 (--download)")
     return dataset
@@ -617,11 +609,7 @@ ARCHIVES = (  # each has one folder; its MD5
 
 
 def download_coco(folder, val_only=False):
-    """Download and unpack COCO 2017; what is there is left alone, what was interrupted goes on.
-
-    An archive is checked, unpacked beside its place, renamed when whole, and removed: 40 GB of
-    disk for a while, 20 GB in the end. val_only: the annotations and 5,000 pictures, 1.1 GB.
-    """
+    """Download, check and unpack COCO 2017, or, if val_only, what belongs to val2017."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / ".lock"):  # of two commands the second one waits
@@ -650,14 +638,10 @@ def download(url, path, md5):
             answer.raise_for_status()
             done = done if answer.status_code == 206 else 0  # else the server starts over
             size = int(answer.headers["Content-Length"])
-            bar = tqdm(desc=path.name, initial=done, total=done + size, unit="B", unit_scale=True,
-                       disable=None)
-            with open(part, "ab" if done else "wb") as file, bar:
-                for chunk in answer.iter_content(1 << 20):
+            chunks = answer.iter_content(1 << 20)
+            with open(part, "ab" if done else "wb") as file:
+                for chunk in tqdm(chunks, path.name, size >> 20, unit=" MB", disable=None):
                     file.write(chunk)
-                    bar.update(len(chunk))
-            if part.stat().st_size < done + size:  # requests does not notice it
-                raise UserError(f"{url} broke off", "the same command goes on")
     with open(part, "rb") as file:
         digest = hashlib.file_digest(file, "md5").hexdigest()
     if digest != md5:
@@ -707,10 +691,7 @@ def draw_shape(draw, shape, x, y, r, paint):
 
 
 def make_shapes(folder, images=TRAIN_IMAGES):
-    """Draw train/, val/ and unseen/ with annotations/captions_*.json, scenes in their entries.
-
-    unseen/ has pairs of color and shape that train/ has not. The files are the same each time.
-    """
+    """Draw train/, val/ and unseen/ with annotations/captions_*.json, scenes in their entries."""
     splits = {"train": images, "val": VAL_IMAGES, "unseen": UNSEEN_IMAGES}
     with fineweb.new_folder(folder) as building:
         for split, count in splits.items():

@@ -192,11 +192,12 @@ def captions(scene, rng):
     thing = rng.choice(objects)
     shuffled = rng.sample(objects, len(objects))
     things = [f"the {object_name(thing)} is {thing['size']}" for thing in shuffled]
+    name = object_name(thing)
+    where = place(thing)
     return [
         rng.choice((f"there are {number} objects", f"{number} objects in a picture")),
         rng.choice((f"a picture of a {a} and a {b}", f"a {a} and a {b} can be seen")),
-        rng.choice((f"the {object_name(thing)} is at the {place(thing)}",
-                    f"at the {place(thing)} there is a {object_name(thing)}")),
+        rng.choice((f"the {name} is at the {where}", f"at the {where} there is a {name}")),
         relation_captions(scene, rng)[0],
         f"{', '.join(things[:-1])} and {things[-1]}",
     ]
@@ -310,10 +311,7 @@ FINEWEB_SHARDS = 99  # 98 of 100 M tokens, and one of 54 M
 
 
 def fetch_fineweb(tokens, folder):
-    """Download the validation shard and as many training shards as `tokens` asks for.
-
-    What is there is left alone, and what was interrupted goes on.
-    """
+    """Download the validation shard and as many training shards as `tokens` asks for."""
     count = min(math.ceil(tokens / SHARD_TOKENS), FINEWEB_SHARDS)
     names = ["finewebedu_val_000000.bin"]
     names += [f"finewebedu_train_{number:06d}.bin" for number in range(1, count + 1)]
@@ -360,8 +358,7 @@ def read_documents(paths):
 def text_to_shards(paths, folder):
     """Tokenize documents with GPT-2's vocabulary, on all cores, into a new folder of shards.
 
-    The last hundredth of the tokens is for validation, be they a corpus or a single book; the
-    tokens are in memory (2 bytes each). Returns the numbers for training and validation.
+    The last hundredth of the tokens, which are in memory (2 bytes each), is for validation.
     """
     folder = Path(folder)
     tokenizer = get_tokenizer(50257)  # fails here, before any work
@@ -377,7 +374,6 @@ def text_to_shards(paths, folder):
         val_tokens = tokens[border:]
         write_shard(building / f"{folder.name}_val_000000.bin", val_tokens, tokenizer.n_vocab)
     print(f"{border:,} tokens for training, {len(val_tokens):,} for validation in {folder}")
-    return border, len(val_tokens)
 
 
 def encode_all(documents, tokenizer):
@@ -440,17 +436,15 @@ def command_line(main):
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
-    except Exception as error:
+    except Exception as error:  # a UserError is none: Python prints its line, and leaves with 1
         # PyTorch, while it writes a file, makes a RuntimeError of the system's own
         refused = error if isinstance(error, OSError) else error.__context__
-        out_of_memory = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
-        if "TRACEBACK" in os.environ:
+        no_memory = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
+        no_memory = no_memory or "allocate memory" in str(error)  # PyTorch's words on a CPU
+        if "TRACEBACK" in os.environ or not (no_memory or isinstance(refused, OSError)):
             raise
-        if out_of_memory or "allocate memory" in str(error):  # PyTorch's words on a CPU
-            sys.exit("error: out of memory: use a smaller --micro-batch or model")
-        if not isinstance(refused, OSError):
-            raise
-        sys.exit(f"error: {refused} (TRACEBACK=1 shows where)")
+        advice = "out of memory: use a smaller --micro-batch or model"
+        sys.exit(f"error: {advice if no_memory else refused} (TRACEBACK=1 shows where)")
 
 
 def make_parser(docstring):

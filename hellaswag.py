@@ -137,9 +137,7 @@ def load_examples():
 
 def subset(examples, limit):
     """`limit` examples at random, always the same: the file begins with one kind of story."""
-    if limit is None:
-        return examples
-    return random.Random(0).sample(examples, min(limit, len(examples)))
+    return random.Random(0).sample(examples, min(limit or len(examples), len(examples)))
 
 
 def report(acc, acc_norm, count, method):
@@ -158,11 +156,8 @@ def main():
     print(f"{len(examples):,} items. The first one:")
     for method in ("token mean", "harness"):
         item = render(examples[0], tokenizer, method)
-        context = tokenizer.decode(item.context)
-        print(f"\n{method}\n  context ({len(item.context)} tokens)  {context}")
-        for k, ending in enumerate(item.endings):
-            mark = "right" if k == item.label else ""
-            print(f"  {mark:5} ({len(ending):2} tokens)   {tokenizer.decode(ending)}")
+        print(f"\n{method}: {tokenizer.decode(item.context)!r}; ending {item.label} is right of")
+        print(*map(tokenizer.decode, item.endings), sep="\n")
 
 
 if __name__ == "__main__":

@@ -33,14 +33,13 @@ import itertools
 import json
 import math
 import os
-import pickle
 import shlex
 import signal
 import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import filelock
@@ -219,7 +218,7 @@ class GPT(nn.Module):
             logits = self.logits(h)                                       # (B, T, V)
             return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-        The logits of 64 x 1024 tokens take 13 GB; "The loss in chunks", behind the banner, keeps
+        The logits of 64 x 1024 tokens take 13 GB; "The loss in chunks", after the banner, keeps
         only a thirtieth at a time. A target of -100 does not count.
         """
         return cross_entropy(h, self.head(), targets, self.config.vocab_size)
@@ -426,10 +425,9 @@ PRESETS = {  # T, V, layers, heads, C
     "gpt2-xl": GPTConfig(1024, 50257, 48, 25, 1600),
 }
 RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up steps
-    # not GPT-2's recipe, which does not teach it to read maps in a few minutes: Muon, sinusoids,
-    # and a rate that is flat, then falls linearly, do
-    "tiny": Recipe(1_900, 1_536, 24, 1e-3, 40, cooldown=0.5, muon=20,
-                   eval_every=190, eval_tokens=20_480),
+    "tiny": Recipe(
+        1_900, 1_536, 24, 1e-3, 40, cooldown=0.5, muon=20, eval_every=190, eval_tokens=20_480
+    ),
     "small": Recipe(500, 8_192, 16, 2e-3, 50, eval_every=50, eval_tokens=16_384),
     # GPT-3's rates and betas, shortened to 10 B tokens, 375 M of them to warm up. GPT-3 read 300 B,
     # with a context of 2,048 and a batch that grew
@@ -477,8 +475,10 @@ def configure_optimizer(model, recipe):
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.dim() >= 2]
     vectors = [p for p in trained if p.dim() < 2]  # biases and LayerNorms: no weight decay
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay, "lr_scale": 1.0},
-              {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0}]
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay, "lr_scale": 1.0},
+        {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0},
+    ]
     return torch.optim.AdamW(groups, **options)
 
 
@@ -559,7 +559,7 @@ def fit(run, model, batches, evaluate, device):
         lr = get_lr(step, recipe)
         for group in run.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        result = train_step(model, run.optimizer, micro_batches, recipe, device, run.asked_to_stop)
+        result = train_step(model, run.optimizer, micro_batches, recipe, device, run.stop)
         run.end_step(lr, *result)  # a line now and then; after Ctrl-C save, and leave
     run.save()
     run.record(evaluate())
@@ -576,6 +576,7 @@ def train(preset, data, out, recipe, seed=0, init=None):
     model = GPT(PRESETS[preset]) if init is None else load_model(init)[0]
     model.to(device).train()
     config = model.config
+    check_batch_size(recipe, config.block_size)
     tokenizer = fineweb.get_tokenizer(config.vocab_size)
     train_set, val_sets = open_data(data, config)
     optimizer = configure_optimizer(model, recipe)
@@ -588,21 +589,23 @@ def train(preset, data, out, recipe, seed=0, init=None):
         "digest of first weights": fingerprint(model) if init else "",
     }
     epochs = recipe.max_steps * recipe.batch_size / (len(train_set) * train_set.T)
-    run = Run(out, model, optimizer, recipe, identity, about={"config": asdict(config)},
-              keep_best=epochs >= 2, began_trained=init is not None)
+    run = Run(Path(out), model, optimizer, recipe, identity, about={"config": asdict(config)})
+    run.keep_best = epochs >= 2  # where each text is read once, the last weights are the best
+    run.began_trained = init is not None
     with run:  # takes the folder for itself; goes on from its checkpoint; notes Ctrl-C
-        describe(run, preset, data, epochs, device)
+        describe(run, data, epochs, device)
         if not run.finished:
             items = load_hellaswag(tokenizer) if preset.startswith("gpt2") else []
             fast_model = compiled(model)
             get_batches = functools.partial(get_micro_batches, train_set, recipe, seed)
 
             def evaluate():
-                with frozen_head(model):
-                    row = validate(fast_model, val_sets, tokenizer, recipe.eval_tokens,
-                                   recipe.micro_batch, device)
-                    if items and run.step >= recipe.eval_every:  # not in a trial of 20 steps
-                        row["hellaswag"] = evaluate_hellaswag(model, items, device)
+                model.frozen_head = centered_head(model)  # as --eval has it
+                sizes = (recipe.eval_tokens, recipe.micro_batch)
+                row = validate(fast_model, val_sets, tokenizer, *sizes, device)
+                if items and run.step >= recipe.eval_every:  # not in a trial of 20 steps
+                    row["hellaswag"] = evaluate_hellaswag(model, items, device)
+                model.frozen_head = None
                 return row
 
             # (step, get_batches(step)) for run.step ... max_steps - 1, prepared by threads
@@ -676,9 +679,11 @@ def muon_groups(model, recipe):
         else:
             (others if p.dim() >= 2 else vectors).append(p)
     decay = recipe.weight_decay
-    return [{"params": maps, "weight_decay": decay, "lr_scale": recipe.muon, "muon": True},
-            {"params": others, "weight_decay": decay, "lr_scale": 1.0, "muon": False},
-            {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0, "muon": False}]
+    return [
+        {"params": maps, "weight_decay": decay, "lr_scale": recipe.muon, "muon": True},
+        {"params": others, "weight_decay": decay, "lr_scale": 1.0, "muon": False},
+        {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0, "muon": False},
+    ]
 
 
 def split(matrix):
@@ -939,50 +944,35 @@ SUPPORTED = {  # what this GPT computes, in the words of a config.json of transf
 
 
 def load_model(name):
-    """(model, tokenizer) of a checkpoint, a run, or weights in OpenAI's layout.
+    """(model, tokenizer) of a run, a checkpoint, or weights in OpenAI's layout.
 
-    A run's are its best weights, or else its last. OpenAI's layout has a folder with config.json
-    and model.safetensors, as transformers and --export-hf write it, or a name on the hub ("gpt2").
+    Of a run these are the best, or else the last. OpenAI's layout has a folder with config.json and
+    model.safetensors, as transformers and --export-hf write it, or a name on the hub ("gpt2").
     """
-    path = find_weights(name)
-    about = {}
+    path = Path(name)
+    for file in ("model.safetensors", "ckpt.pt", "best.safetensors"):
+        if Path(name, file).exists():
+            path = Path(name, file)
+    if not path.is_file():
+        if path.is_dir() or path.suffix or str(name).startswith(("runs/", "/", ".")):
+            raise UserError(f"{name} has no model", "train first, or name another one")
+        repo = f"openai-community/{name}" if name in OPENAI else str(name)
+        fineweb.hub_download(repo, "config.json")  # they lie side by side
+        path = fineweb.hub_download(repo, "model.safetensors")
     if path.suffix == ".safetensors":
         about, tensors = read_weights(path)
     else:
         checkpoint = read_checkpoint(path)
+        about, tensors = checkpoint["about"], checkpoint["model"]
         if checkpoint["step"] == 0:
             raise UserError(f"in {name} nothing is trained yet", "let it train first")
-        about = checkpoint["about"]
-        tensors = checkpoint["model"]
     if "config" in about:
         model = GPT(GPTConfig(**about["config"]))
         model.load_state_dict(tensors)
-    elif path.with_name("config.json").exists():
-        model = from_pretrained(path, tensors)
     else:
-        raise UserError(f"{path} has no GPT-2, or lacks its config.json", "name another --ckpt")
-    step = f", step {about['step']:,}" if "step" in about else ""
-    print(f"model      {path}{step}")
+        model = from_pretrained(path, tensors)
+    print(f"model      {path}" + (f", step {about['step']:,}" if "step" in about else ""))
     return model.eval(), fineweb.get_tokenizer(model.config.vocab_size)
-
-
-def find_weights(name):
-    """The file of weights that load_model() is to read, downloaded once if it is the hub's."""
-    path = Path(name)
-    if path.is_dir():
-        files = [path / file for file in ("best.safetensors", "ckpt.pt", "model.safetensors")]
-        present = [file for file in files if file.exists()]
-        if not present:
-            raise UserError(f"{path} has no model", "train first, or name another --ckpt")
-        return present[0]
-    is_on_hub = not path.suffix and ("/" not in str(name) or not path.parent.exists())
-    if path.exists() or not is_on_hub:
-        if not path.exists():
-            raise UserError(f"{path} is not there", "train first, or name another --ckpt")
-        return path
-    repo = f"openai-community/{name}" if name in OPENAI else str(name)
-    fineweb.hub_download(repo, "config.json")
-    return fineweb.hub_download(repo, "model.safetensors")  # they lie side by side
 
 
 def from_pretrained(path, tensors):
@@ -991,13 +981,10 @@ def from_pretrained(path, tensors):
     OpenAI's matrices are (in, out), the transposes of nn.Linear's; names may begin with
     "transformer."; tables that are longer than GPT-2's vocabulary are cut to it.
     """
-    config_file = path.with_name("config.json")
-    with fineweb.reading(config_file, "a model's configuration"):
-        config = json.loads(config_file.read_bytes())
-        n_head = int(config["n_head"])
+    config = json.loads(path.with_name("config.json").read_bytes())
     for key, values in SUPPORTED.items():
         if config.get(key, values[0]) not in values:
-            problem = f"{config_file}: {key} is {config[key]!r}"
+            problem = f"{path.parent}: {key} is {config[key]!r}"
             raise UserError(problem, f"{values[0]!r} is what is computed here")
     with fineweb.reading(path, "a whole GPT-2", RuntimeError):
         tensors = {name.removeprefix("transformer."): t for name, t in tensors.items()}
@@ -1005,11 +992,14 @@ def from_pretrained(path, tensors):
         if not torch.equal(tensors.get("lm_head.weight", table), table):
             raise ValueError("its head is not its token table")
         n_vocab = min(len(table), 50257)
-        if n_vocab == 50257:
-            check_vocabulary(path.parent)
+        for file in filter(Path.exists, map(path.with_name, ("vocab.json", "tokenizer.json"))):
+            words = json.loads(file.read_bytes())
+            words = words["model"]["vocab"] if file.name == "tokenizer.json" else words
+            if words != json.loads(gpt2_files()["vocab.json"]):
+                raise ValueError(f"{file.name} is not GPT-2's")
         block_size, C = tensors["wpe.weight"].shape
         n_layer = sum(name.endswith("ln_1.weight") for name in tensors)
-        model = GPT(GPTConfig(block_size, n_vocab, n_layer, n_head, C))
+        model = GPT(GPTConfig(block_size, n_vocab, n_layer, config["n_head"], C))
         unused = model.wte.num_embeddings - n_vocab
         tensors["wte.weight"] = F.pad(table[:n_vocab], (0, 0, 0, unused))
         for name in model.state_dict():
@@ -1028,15 +1018,6 @@ def gpt2_files():
     address = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
     names = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
     return {ours: read_file_cached(address + theirs) for ours, theirs in names.items()}
-
-
-def check_vocabulary(folder):
-    """UserError if a model's folder has another vocabulary than GPT-2's."""
-    for file in filter(Path.exists, (folder / "vocab.json", folder / "tokenizer.json")):
-        words = json.loads(file.read_bytes())
-        words = words["model"]["vocab"] if file.name == "tokenizer.json" else words
-        if words != json.loads(gpt2_files()["vocab.json"]):
-            raise UserError(f"{file} is not GPT-2's vocabulary", "only that one is known here")
 
 
 def export_hf(model, tokenizer, folder):
@@ -1059,7 +1040,7 @@ def export_hf(model, tokenizer, folder):
         "architectures": ["GPT2LMHeadModel"],
         "torch_dtype": "float32",
     }
-    with fineweb.new_folder(folder) as building:
+    with fineweb.new_folder(folder) as building:  # it must be new
         save_file(tensors, building / "model.safetensors", metadata={"format": "pt"})
         fineweb.write_json(building / "config.json", config)
         if tokenizer.name == "gpt2":  # the toy's is this project's own: transformers has none
@@ -1098,14 +1079,6 @@ def centered_head(model):
     table = model.wte.weight
     head = table - table[: model.config.vocab_size].mean(0)
     return head.bfloat16() if uses_bf16(table.device) else head
-
-
-@contextlib.contextmanager
-def frozen_head(model):
-    """Within this context, in which the weights must not change, a GPT has freeze()'s head."""
-    model.frozen_head = centered_head(model)
-    yield
-    model.frozen_head = None
 
 
 def complete(model, tokenizer, text, max_new_tokens, num=1, seed=0, **sampling):
@@ -1188,17 +1161,14 @@ def evaluate(name, data, limit):
     with first_of_node_first():
         model, tokenizer = load_model(name)
     freeze(model, device)
-    data = data or Path("data/toy" if tokenizer.name == "tiny" else "data/fineweb_edu")
-    if data == Path("data/toy"):
-        with first_of_node_first():
-            fineweb.make_toy_text(data)
-    if data.exists():
-        _, val_sets = open_data(data, model.config)
+    usual = Path("data/toy" if tokenizer.name == "tiny" else "data/fineweb_edu")
+    if data or usual == Path("data/toy") or usual.exists():
+        _, val_sets = open_data(data or usual, model.config)
         tokens = 65_536 if device.type == "cpu" else Recipe.eval_tokens
         batch = math.ceil(16_384 / model.config.block_size)
         validate(model, val_sets, tokenizer, tokens, batch, device)
     else:
-        print(f"no validation loss: {data} is not there (python fineweb.py downloads it)")
+        print(f"no validation loss: {usual} is not there (python fineweb.py downloads it)")
     if tokenizer.name != "gpt2" or model.config.block_size < 256:
         print("no HellaSwag: it needs GPT-2's tokens and a context of 256")
         return
@@ -1265,9 +1235,7 @@ def join_processes():
     timeout = datetime.timedelta(hours=2)  # what one rank prepares for all may take a while
     if torch.cuda.is_available():
         torch.cuda.set_device(pick_device())
-        dist.init_process_group("nccl", timeout=timeout, device_id=pick_device())
-    else:
-        dist.init_process_group("gloo", timeout=timeout)
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
 
@@ -1329,8 +1297,6 @@ def can_compile():
     try:
         torch.compile(torch.sin)(torch.ones(1, device=pick_device()))
         return True
-    except torch.OutOfMemoryError:  # another program has the memory; the compiler may be fine
-        raise
     except Exception as error:  # the compiler's, Triton's or a subprocess's; often no Python.h
         reason = " ".join(str(error).split("\n")[:2])[:150]
         print(f"not compiled, so training is slower: {type(error).__name__}: {reason}")
@@ -1343,78 +1309,62 @@ def flops_per_token(config):
     return 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size
 
 
-def hardware_use(flops_per_second):
-    """Peak memory and speed of each GPU, as text; divided by its peak (A100 312, H100 989) MFU."""
-    if not torch.cuda.is_available():
-        return ""
-    tera = flops_per_second / world_size() / 1e12
-    return f" | {torch.cuda.max_memory_allocated() / 1e9:.1f} GB | {tera:.0f} TFLOP/s"
+def short_hash(content):
+    """16 hexadecimal digits that tell contents apart."""
+    return hashlib.sha256(repr(content).encode(errors="replace")).hexdigest()[:16]
 
 
 def fingerprint(module):
-    """A short digest of a module's weights, from the first numbers of each tensor."""
-    digest = hashlib.sha256()
-    for name, t in module.state_dict().items():
-        sample = t.flatten()[:16].float().cpu().numpy().tobytes()
-        digest.update(f"{name} {tuple(t.shape)}".encode() + sample)
-    return digest.hexdigest()[:16]
+    """Tells weights apart, by the first numbers of each tensor."""
+    tensors = module.state_dict().items()
+    return short_hash([(name, t.shape, t.flatten()[:16].tolist()) for name, t in tensors])
 
 
 # -----------------------------------------------------------------------------
 # The folder of a run
 
 
+@dataclass
 class Run:
     """The folder of a run, for one command at a time: ckpt.pt, log.csv, curves.png.
-
-    model, optimizer: what is saved and resumed. identity: what must stay the same when it is
-    continued. about: what one has to know to use the weights; it is in best.safetensors, the
-    weights of the lowest validation loss (or the highest CIDEr-D), which keep_best asks for.
-    began_trained: step 0 is evaluated too. unit: what its speed counts.
 
     Inside `with run` the first Ctrl-C, SIGTERM or SIGHUP asks the loop to stop after its step.
     """
 
-    def __init__(self, out, model, optimizer, recipe, identity, about,
-                 keep_best=True, began_trained=False, unit="tokens"):
-        self.out = Path(out)
-        self.model = model
-        self.optimizer = optimizer
-        self.recipe = recipe
-        self.identity = identity
-        self.about = about
-        self.keep_best = keep_best
-        self.began_trained = began_trained
-        self.unit = unit
-        self.lock = filelock.FileLock(self.out / ".lock", timeout=0)
-        self.flops = flops_per_token(model.config) if isinstance(model, GPT) else 0
-        self.step = 0  # finished steps
-        self.finished = False  # the last evaluation is done
-        self.seconds = 0.0  # of training, without evaluation
-        self.rows = []  # of log.csv; what it has after a checkpoint is done again
-        self.signal = 0  # that asked to stop
+    out: Path
+    model: nn.Module  # what is saved and resumed
+    optimizer: torch.optim.Optimizer
+    recipe: Recipe
+    identity: dict  # what must stay the same when it is continued
+    about: dict  # what one has to know to use the weights
+    unit: str = "tokens"  # what its speed counts
+    keep_best: bool = True  # the weights of the lowest validation loss, in best.safetensors
+    began_trained: bool = False  # step 0 is evaluated, too
+    step: int = 0  # finished steps
+    finished: bool = False  # the last evaluation is done
+    seconds: float = 0.0  # of training, without evaluation
+    rows: list = field(default_factory=list)  # of log.csv; after a checkpoint they are done again
+    stop: bool = False  # a signal asked for it
 
     def __enter__(self):
         path = self.out / "ckpt.pt"
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.lock = filelock.FileLock(self.out / ".lock", timeout=0)  # for one command at a time
         if rank() == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-            try:
-                self.lock.acquire()  # before the checkpoint is read: another may still write it
-            except filelock.Timeout as error:
-                raise UserError(f"another process is at work in {self.out}", "wait") from error
+            self.lock.acquire()  # before the checkpoint is read: another may still write it
             if not path.exists():
                 if any(self.out.glob("[!.]*")):
                     raise UserError(f"{self.out} has files, but no run", "choose another --out")
                 self.save()  # from now on this is the folder of a run
         barrier()
         self.resume(read_checkpoint(path))
-        number = torch.tensor(int(fingerprint(self.model)[:8], 16), device=pick_device())
-        if all_reduce(number.double()).item() != number.item() * world_size():
+        weights = float(int(fingerprint(self.model)[:8], 16))
+        total = all_reduce(torch.tensor(weights, dtype=torch.double, device=pick_device()))
+        if total.item() != weights * world_size():
             raise UserError("the ranks have different weights", "share --out among them")
         self.handlers = {}
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            each = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
-            if each and signal.getsignal(each) != signal.SIG_IGN:
+        for each in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+            if signal.getsignal(each) != signal.SIG_IGN:  # as nohup makes it
                 self.handlers[each] = signal.signal(each, self.on_signal)
         self.time = time.perf_counter()
         self.shown = (self.step, self.seconds)
@@ -1438,29 +1388,20 @@ class Run:
         self.model.load_state_dict(checkpoint["model"])
         groups = self.optimizer.state_dict()["param_groups"]  # rates and decays of today's recipe
         self.optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
-        self.step = checkpoint["step"]
-        self.seconds = checkpoint["seconds"]
-        self.rows = checkpoint["rows"]
+        for name in ("step", "seconds", "rows"):
+            setattr(self, name, checkpoint[name])
         self.finished = checkpoint["finished"] and self.step >= self.recipe.max_steps
         if self.finished and checkpoint["recipe"] != asdict(self.recipe):
-            print(f"{self.out} has come to its end: flags of training are not used "
-                  "(give more --steps, or choose another --out)")
+            print(f"{self.out} has come to its end: flags of training are not used")
 
-    @property
-    def asked_to_stop(self):
-        """Whether this process got a signal."""
-        return self.signal > 0
-
-    def on_signal(self, number, frame):
+    def on_signal(self, which, frame):
         """Ask the loop to stop; without torchrun the next signal is no longer caught."""
-        self.signal = number
-        message = b"\nstopping after this step\n"
+        self.stop = True
         if world_size() == 1:  # torchrun passes Ctrl-C on: its processes get it twice
-            message += b"once more stops at once\n"
-            for other in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(other, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         with contextlib.suppress(OSError):  # a terminal that was closed
-            os.write(2, message)
+            os.write(2, b"\nstopping after this step; once more stops at once\n")
 
     def end_step(self, lr, loss, norm, stop):
         """Count a step, and log it now and then; to stop, save first, then print, and leave."""
@@ -1468,18 +1409,18 @@ class Run:
         self.seconds += time.perf_counter() - self.time
         self.time = time.perf_counter()
         recipe = self.recipe
-        lines = []
-        if not math.isfinite(loss + norm):
-            lines.append(f"step {self.step:>6,}: loss {loss}, norm {norm}: the weights stay")
-        if stop or self.step % recipe.log_every == 0 or self.step in (1, recipe.max_steps):
-            lines.append(self.describe_step(lr, loss, norm))
+        is_logged = self.step % recipe.log_every == 0 or self.step in (1, recipe.max_steps)
+        line = self.describe_step(lr, loss, norm) if is_logged or stop else ""
         if stop:
             self.save()
-            lines.append(f"stopped after step {self.step:,}; the same command resumes it")
-        for line in lines:
+        if not math.isfinite(loss + norm):
+            line += f"\nthe loss or its gradient is not finite: step {self.step:,} changed nothing"
+        if line:
             print(line, flush=True)
         if stop:
-            self.leave()
+            print(f"stopped after step {self.step:,}; the same command resumes it", flush=True)
+            leave_processes()
+            sys.exit(130)
 
     def describe_step(self, lr, loss, norm):
         """Log the steps since the last line, and return one about them."""
@@ -1488,16 +1429,16 @@ class Run:
         rate = (self.step - step) * self.recipe.batch_size / (self.seconds - seconds)
         row = {"loss": loss, "lr": lr, "norm": norm, f"{self.unit}_per_second": rate}
         self.log(row | {"seconds": self.seconds})
-        remaining = (self.recipe.max_steps - self.step) * self.recipe.batch_size / rate
+        left = (self.recipe.max_steps - self.step) * self.recipe.batch_size / rate
         begin = f"step {self.step:>6,} of {self.recipe.max_steps:,} | loss {loss:7.4f}"
         speed = f"{rate:9,.{0 if rate > 100 else 1}f} {self.unit}/s"
-        left = f"{hardware_use(rate * self.flops)} | {tqdm.format_interval(remaining)} left"
-        return f"{begin} | lr {lr:.2e} | norm {norm:5.2f} | {speed}{left}"
-
-    def leave(self):
-        """End the process as the signal would have."""
-        leave_processes()
-        sys.exit(128 + (self.signal or signal.SIGTERM))
+        if torch.cuda.is_available() and isinstance(self.model, GPT):
+            # divided by the card's peak (A100 312, H100 989) it is the MFU
+            tera = rate * flops_per_token(self.model.config) / world_size() / 1e12
+            memory = torch.cuda.max_memory_allocated() / 1e9
+            speed += f" | {memory:.1f} GB | {tera:.0f} TFLOP/s"
+        rates = f"lr {lr:.2e} | norm {norm:5.2f}"
+        return f"{begin} | {rates} | {speed} | {tqdm.format_interval(left)} left"
 
     def log(self, row):
         """Add to the step's row of log.csv, which is written anew: a row may have new columns."""
@@ -1513,9 +1454,9 @@ class Run:
     def record(self, row):
         """Log an evaluation, keep the weights if they are the best so far, draw the curves."""
         self.log(row)
-        scores = [score for score in map(quality, self.rows) if math.isfinite(score)]
         if rank() == 0:
-            if self.keep_best and quality(row) == max(scores, default=None):
+            best = max(filter(math.isfinite, map(quality, self.rows)), default=None)
+            if self.keep_best and quality(row) == best:
                 about = self.about | {"step": self.step}
                 save_weights(self.out / "best.safetensors", self.model, about)
             draw_run(self.out, self.rows)
@@ -1525,33 +1466,29 @@ class Run:
         """Save the last evaluation, too; after a signal end the command, not only this run."""
         self.finished = True
         self.save()
-        if all_reduce(torch.tensor(float(self.asked_to_stop), device=pick_device())).item():
-            self.leave()
+        if all_reduce(torch.tensor(float(self.stop), device=pick_device())).item():
+            leave_processes()
+            sys.exit(130)
 
     def save(self):
-        """Write the checkpoint."""
+        """Write the checkpoint; the other ranks go on meanwhile, or wait in leave_processes()."""
         if rank() == 0:
+            names = ("identity", "step", "finished", "seconds", "rows")
             content = {
-                "identity": self.identity,
+                **{name: getattr(self, name) for name in names},
                 "about": self.about | {"step": self.step},
                 "recipe": asdict(self.recipe),
-                "step": self.step,
-                "finished": self.finished,
-                "seconds": self.seconds,
-                "rows": self.rows,
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
             }
             with fineweb.atomic_write(self.out / "ckpt.pt") as file:
                 torch.save(content, file)
-        barrier()  # what rank 0 has written is whole, before another one ends
-        self.time = time.perf_counter()
 
 
 def read_checkpoint(path):
     """What Run.save() wrote: tensors, numbers, strings and dicts."""
-    errors = (RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError)
-    with fineweb.reading(path, "a whole checkpoint of this program", *errors):
+    what = "a whole checkpoint of this program"
+    with fineweb.reading(path, what, RuntimeError, zipfile.BadZipFile):
         with zipfile.ZipFile(path) as parts:
             if parts.testzip():  # PyTorch does not look at the checksums
                 raise ValueError("its checksum is wrong")
@@ -1565,16 +1502,13 @@ def read_checkpoint(path):
 def is_finished(out):
     """Whether the run in a folder has come to its end; its tensors are not read."""
     path = Path(out, "ckpt.pt")
-    if not path.exists():
-        return False
-    return torch.load(path, "cpu", weights_only=True, mmap=True).get("finished", False)
+    return path.exists() and torch.load(path, "cpu", weights_only=True, mmap=True)["finished"]
 
 
 def save_weights(path, module, about):
     """A module's weights as one safetensors file, with what one has to know to use them."""
-    tensors = {name: t.cpu().contiguous() for name, t in module.state_dict().items()}
     with fineweb.atomic_write(path) as file:
-        file.write(save(tensors, {"about": json.dumps(about)}))
+        file.write(save(module.state_dict(), {"about": json.dumps(about)}))
 
 
 def read_weights(path):
@@ -1587,14 +1521,14 @@ def read_weights(path):
 
 def quality(row):
     """What the best row of a log has most of: CIDEr-D, or else the lowest mean validation loss."""
-    losses = [value for name, value in row.items() if name.startswith("val_")]
+    losses = [value for name, value in row.items() if name.startswith("val")]
     return row.get("cider", -np.mean(losses) if losses else -math.inf)
 
 
 def draw_run(out, rows):
     """Charts of the rows of a log: losses, and HellaSwag or CIDEr-D where they are measured."""
     names = dict.fromkeys(itertools.chain(*rows))
-    losses = [name for name in names if name == "loss" or name.startswith("val_")]
+    losses = [name for name in names if name == "loss" or name.startswith("val")]
     draw_chart(out / "curves.png", "nats per token", {name: curve(rows, name) for name in losses})
     for name in {"hellaswag", "cider"} & set(names):
         draw_chart(out / f"{name}.png", name, {name: curve(rows, name)})
@@ -1607,30 +1541,22 @@ def curve(rows, key):
 
 def draw_chart(path, title, lines):
     """A line chart as a PNG; lines: {label: [(step, y), ...]}."""
-    points = np.array(sum(lines.values(), [])).reshape(-1, 2)
+    points = np.array([(0, 0), *sum(lines.values(), [])])[1:]
     low = points.min(0, initial=math.inf)
-    high = points.max(0, initial=-math.inf)
-    high = np.where(high > low, high, low + 1)
+    high = np.maximum(points.max(0, initial=-math.inf), low + 1e-9)
     image = Image.new("RGB", (1800, 960), "white")
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(30)
-
-    def pixels(point):
-        x, y = (np.array(point) - low) / (high - low)
-        return 140 + 1600 * x, 840 - 740 * y
-
     for share in np.linspace(0, 1, 6):
         step, y = low + share * (high - low)
-        x, height = 140 + 1600 * share, 840 - 740 * share
-        draw.text((x, 856), f"{step:,.0f}", "black", font, "mt")
-        draw.text((124, height), f"{y:.4g}", "black", font, "rm")
-        draw.line((140, height, 1740, height), "#e5e7eb", 2)
+        draw.text((140 + 1600 * share, 856), f"{step:,.0f}", "black", font, "mt")
+        draw.text((124, 840 - 740 * share), f"{y:.4g}", "black", font, "rm")
     draw.text((940, 28), f"{title}, by step", "black", font, "mt")
-    for i, (label, line) in enumerate(lines.items()):
+    for i, (label, line) in enumerate(filter(lambda item: item[1], lines.items())):
         color = ("#94a3b8", "#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed")[i % 6]
-        draw.line([pixels(point) for point in line], color, 5, "curve")
-        for x, y in map(pixels, line[-1:]):
-            draw.ellipse((x - 8, y - 8, x + 8, y + 8), color)
+        pixels = (140, 840) + (np.array(line) - low) / (high - low) * (1600, -740)
+        draw.line([*map(tuple, pixels)], color, 5, "curve")
+        draw.circle(pixels[-1], 8, color)
         draw.text((140 + 280 * i, 924), label, color, font, "lm")
     with fineweb.atomic_write(path) as file:
         image.reduce(2).save(file, "PNG")  # halved: smooth lines
@@ -1640,69 +1566,57 @@ def draw_chart(path, title, lines):
 # Command line
 
 
-def choose_preset(data):
-    """gpt2 with a GPU and 100 M tokens of text; else small with --data; else tiny."""
-    shards = Path(data or "data/fineweb_edu").glob("*_train_*.bin")
-    if torch.cuda.is_available() and sum(path.stat().st_size for path in shards) >= 2e8:
-        return "gpt2"
-    return "small" if data else "tiny"
-
-
 def recipe_flags(args):
     """{name: value} of the flags that change a recipe, as far as they were given."""
     names = Recipe.__dataclass_fields__
     return {key: value for key, value in vars(args).items() if key in names and value is not None}
 
 
-def with_flags(recipe, flags, T=1):
-    """The recipe with these flags; UserError if the ranks cannot share a step, in windows of T."""
+def with_flags(recipe, flags):
+    """The recipe with these flags; a short trial has a short warm-up."""
     recipe = replace(recipe, **flags)
+    return replace(recipe, warmup_steps=min(recipe.warmup_steps, math.ceil(recipe.max_steps / 10)))
+
+
+def check_batch_size(recipe, T=1):
+    """UserError if the ranks cannot share a step, in windows of T (pictures: 1)."""
     if recipe.batch_size % T or recipe.batch_size < T * world_size():
         what_to_do = f"give a multiple of {T:,}, at least {T * world_size():,}"
         raise UserError(f"a step of {recipe.batch_size:,} cannot be shared out", what_to_do)
-    warmup_steps = min(recipe.warmup_steps, math.ceil(recipe.max_steps / 10))  # of a short trial
-    recipe = replace(recipe, warmup_steps=warmup_steps)
-    sizes = {len(part) for part in share_out(np.arange(recipe.batch_size // T), recipe)}
+    sizes = {len(part) for part in share_out(range(recipe.batch_size // T), recipe)}
     if len(sizes) > 1 and torch.cuda.is_available():
-        print(f"note: micro-batches of {sorted(sizes)} are compiled twice; equal ones are faster")
-    return recipe
+        print(f"note       micro-batches of {sorted(sizes)}: equal ones are compiled only once")
 
 
 def open_data(folder, config):
-    """(training set, {name: validation set}) of a folder of shards."""
+    """(training set, {name: validation set}) of a folder of shards; data/toy is made."""
+    if folder == Path("data/toy"):
+        with first_of_node_first():
+            fineweb.make_toy_text(folder)
     train = sorted(Path(folder).glob("*_train_*.bin"))
     val = sorted(Path(folder).glob("*_val_*.bin"))
     if not train or not val:
-        wanted = "shards NAME_train_000001.bin and NAME_val_000000.bin"
-        raise UserError(f"{folder} has no {wanted}", "make them with fineweb.py")
+        what = f"{folder} has no shards NAME_train_000001.bin and NAME_val_000000.bin"
+        raise UserError(what, "make them with fineweb.py")
     val_sets = {path.stem.partition("_val_")[0]: TokenDataset([path], config) for path in val}
-    if len(val_sets) == 1:
-        val_sets = {"val": val_sets.popitem()[1]}
     return TokenDataset(train, config), val_sets
 
 
 def digest(dataset):
-    """Tells datasets apart: a hash of the shards' lengths and of their first and last tokens."""
-    ends = hashlib.sha256()
-    for shard in dataset.shards:
-        ends.update(f"{len(shard)} ".encode() + shard[:1000].tobytes() + shard[-1000:].tobytes())
-    return ends.hexdigest()[:16]
+    """Tells datasets apart, by the shards' lengths and their first and last tokens."""
+    return short_hash([(len(s), s[:1000].tobytes(), s[-1000:].tobytes()) for s in dataset.shards])
 
 
-def describe(run, preset, data, epochs, device):
+def describe(run, data, epochs, device):
     """What will be done, a line each."""
-    recipe = run.recipe
-    is_cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name() if is_cuda else f"CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     precision = "bf16 products, fp32 weights" if uses_bf16(device) else "fp32"
     parameters = sum(p.numel() for p in run.model.parameters())
-    state = f"; {run.step:,} are done" if run.step else ""
-    print(f"model      {preset}: {parameters:,} parameters on {world_size()} x {name}, {precision}")
-    print(f"data       {data}: {epochs:.1f} epochs of it, {recipe.batch_size:,} tokens a step")
-    print(f"run        {run.out}: {recipe.max_steps:,} steps{state}", flush=True)
-    if run.model.config.n_embd >= 768 and not is_cuda:
-        print("           no GPU is seen, and a CPU takes months. Is the driver (nvidia-smi) too")
-        print("           old for this PyTorch? pytorch.org has wheels for older ones")
+    print(f"model      {parameters:,} parameters on {world_size()} x {name}, {precision}")
+    print(f"data       {data}, {epochs:.1f} epochs; {run.recipe.batch_size:,} tokens a step")
+    print(f"run        {run.out}, {run.step:,} of {run.recipe.max_steps:,} steps are done")
+    if parameters > 1e8 and device.type == "cpu":
+        print("           no GPU is seen: is its driver (nvidia-smi) too old for this PyTorch?")
 
 
 def show_samples(run):
@@ -1716,80 +1630,73 @@ def show_samples(run):
     print(f'Next: python train_gpt2.py --sample "The " --ckpt {shlex.quote(str(run.out))}')
 
 
-def newest_run():
-    """The folder of a preset's run that was written last."""
-    folders = [Path("runs") / preset for preset in PRESETS]
-    present = [folder for folder in folders if (folder / "ckpt.pt").exists()]
-    return max(present, key=lambda path: (path / "ckpt.pt").stat().st_mtime, default=folders[0])
-
-
 def main():
     """The commands at the top of this file."""
     parser = fineweb.make_parser(__doc__)
     positive = number(int, 1)
-    training = parser.add_argument_group("training")
-    training.add_argument("--preset", choices=PRESETS, help="shape and recipe of the model")
-    training.add_argument("--init", metavar="CKPT", help="begin with these weights, as of --ckpt")
-    training.add_argument("--out", help="folder of the run (default: runs/<preset>)")
-    training.add_argument("--steps", dest="max_steps", type=positive, help="updates of the weights")
-    training.add_argument("--batch-tokens", dest="batch_size", type=number(int, 1, 10**8),
-                          help="tokens a step")
-    training.add_argument("--micro-batch", type=positive, help="windows at once: less memory")
-    training.add_argument("--lr", type=number(float, 0, 1), help="the highest learning rate")
-    training.add_argument("--eval-every", type=positive, help="steps between evaluations")
-    parser.add_argument("--data", type=Path, help="folder of shards (python fineweb.py makes one)")
-    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
-    group = parser.add_argument_group("with a trained model")
-    task = group.add_mutually_exclusive_group()
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, help="shape and recipe of the model")
+    add("--init", metavar="CKPT", help="begin with these weights, named as by --ckpt")
+    add("--data", type=Path, help="folder of shards (python fineweb.py makes one)")
+    add("--out", help="folder of the run (default: runs/<preset>)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0)
+    add("--steps", dest="max_steps", type=positive, help="updates of the weights")
+    add("--batch-tokens", dest="batch_size", type=positive, help="tokens a step")
+    add("--micro-batch", type=positive, help="windows at once: less memory")
+    add("--lr", type=number(float, 0, 1), help="the highest learning rate")
+    add("--eval-every", type=positive, help="steps between evaluations")
+    task = parser.add_mutually_exclusive_group()
     task.add_argument("--sample", metavar="TEXT", help="continue TEXT")
     task.add_argument("--eval", action="store_true", help="validation loss and HellaSwag")
     task.add_argument("--export-hf", metavar="DIR", help="write a folder for transformers")
-    group.add_argument("--ckpt", help="checkpoint, run, folder for transformers, or gpt2, gpt2-xl")
-    group.add_argument("--limit", type=positive, help="use only so many random HellaSwag items")
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--max-new-tokens", type=positive, default=200, help="(200)")
-    sampling.add_argument("--temperature", type=number(float, 0, 100), default=0.8, help="(0.8)")
-    sampling.add_argument("--top-k", type=positive, help="only the k most probable tokens")
-    sampling.add_argument("--top-p", type=number(float, 0.001, 1), help="only the nucleus of p")
-    sampling.add_argument("--num", type=number(int, 1, 10_000), default=1, help="samples (1)")
+    add("--ckpt", help="checkpoint, run, folder for transformers, or on the hub: gpt2, gpt2-xl")
+    add("--limit", type=positive, help="use only so many random HellaSwag items")
+    add("--max-new-tokens", type=positive, default=200, help="of a sample (200)")
+    add("--temperature", type=number(float, 0, 100), default=0.8, help="of a sample (0.8)")
+    add("--top-k", type=positive, help="sample only the k most probable tokens")
+    add("--top-p", type=number(float, 0.001, 1), help="sample only the nucleus of p")
+    add("--num", type=number(int, 1, 10_000), default=1, help="samples (1)")
     args = parser.parse_args()
     join_processes()
-    name = args.ckpt or newest_run()
+    name = args.ckpt or f"runs/{args.preset or 'tiny'}"
     if args.eval:
-        fineweb.only(parser, args, "--eval", "ckpt data limit")
+        fineweb.only(parser, args, "--eval", "ckpt preset data limit")
         evaluate(name, args.data, args.limit)
     elif args.export_hf:
-        fineweb.only(parser, args, "--export-hf", "ckpt")
-        fineweb.refuse_existing(args.export_hf)
+        fineweb.only(parser, args, "--export-hf", "ckpt preset")
         export_hf(*load_model(name), args.export_hf)
     elif args.sample is not None:
-        of_sampling = "max_new_tokens temperature top_k top_p num"
-        fineweb.only(parser, args, "--sample", f"ckpt seed {of_sampling}")
+        sampling = ("temperature", "top_k", "top_p")
+        others = ("ckpt", "preset", "seed", "max_new_tokens", "num")
+        fineweb.only(parser, args, "--sample", " ".join(sampling + others))
         model, tokenizer = load_model(name)
         freeze(model, pick_device())
-        options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+        options = {key: getattr(args, key) for key in sampling}
         inputs = (args.sample, args.max_new_tokens, args.num, args.seed)
         print(*complete(model, tokenizer, *inputs, **options), sep="\n---\n", end="\n---\n")
     else:
-        names = "preset init data out seed max_steps batch_size micro_batch lr eval_every"
-        fineweb.only(parser, args, "training", names)
+        recipe = "max_steps batch_size micro_batch lr eval_every"
+        fineweb.only(parser, args, "training", f"preset init data out seed {recipe}")
         start_training(parser, args)
     leave_processes()
 
 
 def start_training(parser, args):
-    """train() for the flags of the command line."""
-    preset = args.preset or ("fine-tune" if args.init else choose_preset(args.data))
-    data = args.data or Path("data/toy" if preset == "tiny" else "data/fineweb_edu")
+    """train() for the flags; the preset, if not given, is what this machine can train."""
+    shards = Path(args.data or "data/fineweb_edu").glob("*_train_*.bin")
+    preset = args.preset or ("small" if args.data else "tiny")
     if args.init and args.preset:
         parser.error("--init has the shape of its weights: leave --preset out")
+    if args.init:
+        preset = "fine-tune"
+    elif not args.preset and torch.cuda.is_available():
+        if sum(path.stat().st_size for path in shards) >= 2e8:  # 100 M tokens
+            preset = "gpt2"
+    data = args.data or Path("data/toy" if preset == "tiny" else "data/fineweb_edu")
     if data == Path("data/toy"):
         print("setup      toy. The full one: python fineweb.py --tokens 10B, then, with a GPU,")
         print("           python train_gpt2.py --preset gpt2")
-        with first_of_node_first():
-            fineweb.make_toy_text(data)
-    T = 1 if args.init else PRESETS[preset].block_size
-    recipe = with_flags(RECIPES[preset], recipe_flags(args), T)
+    recipe = with_flags(RECIPES[preset], recipe_flags(args))
     train(preset, data, args.out or f"runs/{preset}", recipe, args.seed, args.init)
 
 
