@@ -673,7 +673,7 @@ def beam_search(captioner, vision, beams, max_new_tokens=None, length_penalty=1.
         sums = total[:, :, None] + log_p  # (B, W, V)
         lengths = (tokens != eot).sum(2) + 1  # (B, W), with the next token, or the end
         worth = sums / lengths[:, :, None] ** length_penalty  # (B, W, V)
-        best = worth.view(B, -1).topk(beams).indices  # (B, W) of W * V, the best first
+        best = worth.view(B, -1).topk(min(beams, W * V)).indices  # (B, W), the best first
         parent = best // V  # (B, W), the beam that goes on
         token = best % V  # (B, W), with this token
         total = sums.view(B, -1).gather(1, best)  # (B, W)
@@ -686,8 +686,8 @@ def beam_search(captioner, vision, beams, max_new_tokens=None, length_penalty=1.
         for layer in cache:  # a beam takes over the cache of its parent
             layer.k = layer.k[rows]
             layer.v = layer.v[rows]
-        if step == 0:
-            look = captioner.bridge.look(vision.repeat_interleave(beams, 0))
+        if parent.size(1) > W:  # after the first step
+            look = captioner.bridge.look(vision.repeat_interleave(parent.size(1), 0))
         position = torch.full((1,), captioner.bridge.P + step, device=device)
         x = decoder.embed(token.view(-1, 1), position)
     return tokens[:, 0]

@@ -363,7 +363,8 @@ def text_to_shards(paths, folder):
     folder = Path(folder)
     tokenizer = get_tokenizer(50257)  # fails here, before any work
     with new_folder(folder) as building:
-        tokens = np.concatenate([*encode_all(read_documents(paths), tokenizer)])
+        parts = encode_all(read_documents(paths), tokenizer)
+        tokens = np.concatenate([np.zeros(0, np.uint16), *parts])
         border = len(tokens) - max(len(tokens) // 100, VAL_TOKENS)
         if border < VAL_TOKENS:
             problem = f"{len(tokens):,} tokens are too little text"
@@ -378,7 +379,6 @@ def text_to_shards(paths, folder):
 
 def encode_all(documents, tokenizer):
     """Yield the tokens of each document, in order; a thousand texts are in memory at a time."""
-    yield np.zeros(0, np.uint16)
     encode = functools.partial(encode_document, tokenizer=tokenizer)
     # tiktoken lets other threads run while it works
     with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(unit=" tokens", disable=None) as bar:

@@ -60,6 +60,7 @@ real_data = pytest.mark.skipif(not REAL.is_dir(), reason="needs REAL_DATA, a fol
 measured = pytest.mark.skipif("MEASURE" not in os.environ, reason="measures: set MEASURE=1")
 SMALL = GPTConfig(16, 43, n_layer=3, n_head=2, n_embd=32, init_std=0.3)
 
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """The toy text's shards."""
@@ -67,12 +68,14 @@ def tiny(tmp_path_factory):
     fineweb.make_toy_text(folder)
     return folder
 
+
 @pytest.fixture(scope="session", autouse=True)
 def signals():
     """The usual handlers, also where the tests themselves run under nohup or with "&"."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def bpe():
@@ -87,9 +90,11 @@ def write_text(folder, tokens, n_vocab=431, names=("x_train_000001", "x_val_0000
         fineweb.write_shard(folder / f"{name}.bin", tokens, n_vocab)
     return folder
 
+
 def small_model(seed=0, config=SMALL):
     torch.manual_seed(seed)
     return GPT(config).eval()
+
 
 def run(script, *args, cwd=None, env=None):
     """Run one of the scripts as a user would; returns its exit code and what it printed.
@@ -115,15 +120,18 @@ def run(script, *args, cwd=None, env=None):
                 code = 1
     return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
+
 def read_log(path):
     """The rows of a log.csv, as dicts of floats without what is empty."""
     rows = csv.DictReader(Path(path).read_text().splitlines())
     return [{key: float(value) for key, value in row.items() if value} for row in rows]
 
+
 def real_items():
     """HellaSwag's items from the real data."""
     lines = (REAL / "hellaswag/hellaswag_val.jsonl").read_bytes().splitlines()
     return [json.loads(line) for line in lines]
+
 
 def assert_error(process, *words):
     """One line on stderr with "error:" and the words, exit code 1; or 2, after argparse's usage."""
@@ -131,6 +139,7 @@ def assert_error(process, *words):
     assert process.returncode in (1, 2) and "error: " in lines[-1], process.stderr
     assert len(lines) == 1 or process.returncode == 2, process.stderr
     assert all(word in lines[-1] for word in words), lines[-1]
+
 
 def steps(model, recipe, get_batches, first=0, trained=None):
     """Yield (loss, norm) of training steps without end; `trained` is what the optimizer changes."""
@@ -141,15 +150,18 @@ def steps(model, recipe, get_batches, first=0, trained=None):
         batches = get_batches(step)
         yield train_gpt2.train_step(model, optimizer, batches, recipe, CPU)[:2]
 
+
 def text_steps(model, recipe, dataset, seed=0, first=0):
     """steps() of a GPT on a TokenDataset."""
     get = functools.partial(train_gpt2.get_micro_batches, dataset, recipe, seed)
     return steps(model, recipe, get, first)
 
+
 @pytest.fixture
 def fp32(monkeypatch):
     """Products in fp32, so that results can be compared closely."""
     monkeypatch.setattr(train_gpt2, "uses_bf16", lambda device: False)
+
 
 @pytest.fixture(params=["fp32", "bf16"])
 def precision(request, monkeypatch):
@@ -159,6 +171,7 @@ def precision(request, monkeypatch):
 
 # -----------------------------------------------------------------------------
 # fineweb.py
+
 
 def test_tiny_tokenizer_is_lossless_and_knows_the_words():
     """Text that does not come back from its tokens; words of the scenes that are several tokens."""
@@ -171,6 +184,7 @@ def test_tiny_tokenizer_is_lossless_and_knows_the_words():
     assert len(tokenizer.encode_ordinary("a red circle is at the top left")) == 8
     assert tokenizer.eot_token == tokenizer.n_vocab - 1
     assert train_gpt2.PRESETS["tiny"].vocab_size == tokenizer.n_vocab
+
 
 def test_scene_documents_are_true_and_tell_sizes():
     """Documents that say something false, or that leave out places, sizes or numbers."""
@@ -192,6 +206,7 @@ def test_scene_documents_are_true_and_tell_sizes():
                 pairs += 1
     assert 40 < numbers < 130 and 210 < pairs < 270
 
+
 def test_shards_keep_their_tokens(tmp_path):
     """Shards that llm.c would not read, that lose tokens, or pass for another tokenizer's."""
     tokens = np.random.default_rng(0).integers(0, 65536, 1000).astype(np.uint16)
@@ -206,6 +221,7 @@ def test_shards_keep_their_tokens(tmp_path):
     path.write_bytes(raw[:12] + bytes(4) + raw[16:])  # shards of others say nothing: GPT-2's
     assert (fineweb.read_shard(path, 50257) == tokens).all()
 
+
 @pytest.mark.parametrize(
     "damage",
     [lambda raw: raw[:-2], lambda raw: raw + b"xx", lambda raw: b"\0" + raw[1:],
@@ -218,6 +234,7 @@ def test_damaged_shards_are_refused(tmp_path, damage):
     with pytest.raises(UserError, match="a.bin"):
         fineweb.read_shard(path, 431)
 
+
 def test_a_shard_may_have_more_than_a_billion_tokens(tmp_path):
     """The size of a shard of 2^30 tokens and more, computed in int32."""
     count = 2**30 + 5
@@ -228,6 +245,7 @@ def test_a_shard_may_have_more_than_a_billion_tokens(tmp_path):
     with open(path, "r+b") as file:
         file.truncate(1024 + 2 * count)  # a hole: it takes no disk
     assert len(fineweb.read_shard(path, 50257)) == count
+
 
 def test_scenes_say_what_is_true():
     """Captions that are not true of their scene, or facts that are judged wrongly."""
@@ -248,12 +266,14 @@ def test_scenes_say_what_is_true():
             objects = fineweb.random_scene(rng, unseen)["objects"]
             assert fineweb.has_unseen_pair(objects) == unseen
 
+
 SCENE = {
     "objects": [
         {"color": "red", "shape": "circle", "size": "small", "row": 0, "col": 1},
         {"color": "blue", "shape": "square", "size": "large", "row": 0, "col": 3},
     ]
 }
+
 
 @pytest.mark.parametrize(
     "caption, stated",
@@ -281,6 +301,7 @@ def test_facts(caption, stated):
         **stated,
     }
 
+
 def test_toy_text_is_the_same_every_time(tiny, tmp_path):
     """Toy text that differs between machines, or whose maps stand somewhere else."""
     fineweb.make_toy_text(tmp_path / "again")
@@ -292,6 +313,7 @@ def test_toy_text_is_the_same_every_time(tiny, tmp_path):
     assert (tokens[: scenes : fineweb.TOY_BLOCK] == eot).all()  # each block begins with a scene
     assert scenes / len(tokens) == pytest.approx(5 / 6, abs=0.03)
     assert len(tokens) % fineweb.TOY_BLOCK == 1  # every token but the first is a target
+
 
 @pytest.fixture
 def server():
@@ -335,7 +357,9 @@ def server():
         yield Handler
         service.shutdown()
 
+
 BODY = random.Random(0).randbytes(400_000)
+
 
 def test_fineweb_shards_come_from_the_hub(server, tmp_path):
     """Shards that are not downloaded through HF_ENDPOINT, or downloaded twice."""
@@ -356,6 +380,7 @@ def test_fineweb_shards_come_from_the_hub(server, tmp_path):
     assert run(*command, env=env).returncode == 0 and len(server.ranges) == asked
     process = run("fineweb.py", "--tokens", "300M", "--out", tmp_path / "edu", env=env)
     assert "finewebedu_train_000003.bin cannot be downloaded" in process.stderr.splitlines()[-1]
+
 
 def test_no_network_is_one_line(tmp_path, monkeypatch):
     """A traceback where there is no network: of the hub's client, and of requests."""
@@ -409,6 +434,7 @@ def test_nothing_that_is_there_is_overwritten(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="name another"):
             fineweb.refuse_existing(*names)
 
+
 @real_data
 def test_own_text_becomes_shards_byte_for_byte(tmp_path, monkeypatch):
     """Own text that is lost, changed or split otherwise than told."""
@@ -432,6 +458,7 @@ def test_own_text_becomes_shards_byte_for_byte(tmp_path, monkeypatch):
         fineweb.text_to_shards([tmp_path / "odd.txt"], tmp_path / "short")
     assert not (tmp_path / "short").exists()
 
+
 @pytest.mark.parametrize("name, content, words", [
     ("a.txt", b"\xff\xfe no utf-8", "not text in UTF-8"),
     ("a.jsonl", b'{"text": "\xff"}', "line 1"),
@@ -445,6 +472,7 @@ def test_unreadable_text_is_refused(name, content, words, tmp_path):
     with pytest.raises(UserError, match=words):
         list(fineweb.read_documents([tmp_path / name]))
 
+
 def test_documents_are_read_as_they_are(tmp_path):
     """A blank line that becomes a document, or spaces and line ends that are lost."""
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\n\n  \n{"text": ""}\n{"text": " y "}')
@@ -452,6 +480,7 @@ def test_documents_are_read_as_they_are(tmp_path):
     (tmp_path / "c.txt").write_bytes(b"")
     paths = [tmp_path / name for name in ("a.jsonl", "b.txt", "c.txt")]
     assert list(fineweb.read_documents(paths)) == ["x", " y ", "one\r\ntwo\n"]
+
 
 @pytest.mark.parametrize("script, args, words", [
     ("fineweb.py", ["--tokens", "11B"], ["11B"]),
@@ -471,6 +500,7 @@ def test_flags_that_do_nothing_are_refused(script, args, words, tmp_path):
     """A flag that is silently ignored, or a number out of bounds that is taken."""
     assert_error(run(script, *args, cwd=tmp_path), *words)
 
+
 def test_half_a_surrogate_pair_is_encoded():
     """A document of JSON, "\\ud800", at which the encoding of a whole corpus ends."""
     tokenizer = fineweb.get_tokenizer(431)
@@ -479,12 +509,14 @@ def test_half_a_surrogate_pair_is_encoded():
     assert tokenizer.decode(tokens[1:].tolist()) == "a ? é <|endoftext|>"
     assert tokenizer.eot_token not in tokens[1:]
 
+
 def test_documents_come_in_order():
     """Threads that mix up documents, or lose some of a batch."""
     tokenizer = fineweb.get_tokenizer(431)
     texts = [f"{i} " * (i * 7919 % 50) for i in range(2_500)]
     encoded = fineweb.encode_all(iter(texts), tokenizer)
     assert [tokenizer.decode(tokens[1:].tolist()) for tokens in encoded] == texts
+
 
 @real_data
 def test_a_book_has_gpt2s_tokens():
@@ -495,6 +527,7 @@ def test_a_book_has_gpt2s_tokens():
     assert len(text) > 1_500_000
     assert fineweb.encode_document(text, tokenizer)[1:].tolist() == tokenizer.encode_ordinary(text)
 
+
 def test_importing_runs_nothing():
     """A program that trains, or parses flags, where a notebook only imports it."""
     script = "import sys; sys.argv.append('--nonsense'); import caption"
@@ -504,6 +537,7 @@ def test_importing_runs_nothing():
 
 # -----------------------------------------------------------------------------
 # hellaswag.py
+
 
 def test_items_that_are_not_right(server, tmp_path, monkeypatch, capsys):
     """Another file than the published one, taken without a word; training that stops for it."""
@@ -524,6 +558,7 @@ def test_items_that_are_not_right(server, tmp_path, monkeypatch, capsys):
     assert examples == [item, item]
     assert hellaswag.subset(examples * 50, 7) == hellaswag.subset(examples * 50, 7)
     assert len(hellaswag.subset(examples, 7)) == 2
+
 
 @real_data
 def test_rendering_of_the_first_original_items():
@@ -547,6 +582,7 @@ def test_rendering_of_the_first_original_items():
         assert item.lengths == [len(text) for text in texts[1:]]
         assert item.label == example["label"]
 
+
 def plain_clean(text):
     """The harness's cleaning, spelled out."""
     text = ". ".join(text.strip().split(" [title]"))
@@ -554,6 +590,7 @@ def plain_clean(text):
         end = text.index("]", text.index("["))
         text = text[: text.index("[")] + text[end + 1 :]
     return text.replace("  ", " ")
+
 
 def test_spaces_after_a_context_go_to_the_endings():
     """The harness moves spaces at the end of a context to the endings before it tokenizes."""
@@ -567,6 +604,7 @@ def test_spaces_after_a_context_go_to_the_endings():
 # -----------------------------------------------------------------------------
 # train_gpt2.py: the model
 
+
 @pytest.mark.parametrize("preset, V, count", [
     ("gpt2", 50257, 124_439_808), ("gpt2-medium", 50257, 354_823_168),
     ("gpt2-large", 50257, 774_030_080), ("gpt2-xl", 50257, 1_557_611_200)])
@@ -577,6 +615,7 @@ def test_number_of_parameters(preset, V, count):
         model = GPT(c)
     unused = (len(model.wte.weight) - V) * c.n_embd
     assert c.vocab_size == V and sum(p.numel() for p in model.parameters()) == count + unused
+
 
 def test_initialization_is_gpt2s():
     """Weights that begin at another scale: residual projections at 1 / sqrt(2 * layers)."""
@@ -589,6 +628,7 @@ def test_initialization_is_gpt2s():
         else:
             expected = 0.02 / math.sqrt(8) if "c_proj" in name else 0.02
             assert p.std().item() == pytest.approx(expected, rel=0.05), name
+
 
 def plain_decoder(model, idx):
     """GPT-2 written out in float64, head by head and position by position: logits (T, V)."""
@@ -617,14 +657,17 @@ def plain_decoder(model, idx):
         x = x + linear(plain_gelu(u), f"h.{i}.mlp.c_proj")
     return norm(x, "ln_f") @ w["wte.weight"].T[:, : c.vocab_size]
 
+
 def plain_gelu(u):
     return 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+
 
 def test_decoder_equals_a_plain_float64_one():
     """Attention, LayerNorm, GELU, weight tying or the causal mask."""
     model = small_model()
     idx = torch.randint(0, 43, (12,))
     assert torch.allclose(model(idx[None])[0][0].double(), plain_decoder(model, idx), atol=1e-4)
+
 
 def test_mask_hides_what_it_hides():
     """A mask through which hidden positions are seen."""
@@ -640,6 +683,7 @@ def test_mask_hides_what_it_hides():
     b = model.hidden_states(model.embed(other), mask)
     assert torch.allclose(a[:, 3:], b[:, 3:], atol=1e-5)
     assert not torch.allclose(a[:, :3], b[:, :3], atol=1e-2)
+
 
 @pytest.mark.parametrize("rows", [300, 3000])
 def test_loss_and_its_gradients_equal_float64(rows):
@@ -665,6 +709,7 @@ def test_loss_and_its_gradients_equal_float64(rows):
     with pytest.raises(RuntimeError, match="second time"):  # gradients that were given away
         loss.backward()
 
+
 def test_the_compiled_head_stores_no_second_logits():
     """The head as it is compiled on CUDA: other values, or another buffer of the size (rows, V)."""
     from torch._inductor.utils import run_and_get_code
@@ -687,6 +732,7 @@ def test_the_compiled_head_stores_no_second_logits():
     assert not logits[:, 500:].any()
     for code in codes:
         assert not re.search(rf"buf\d+ = empty\w+\(\({rows}, {V}\)", code)
+
 
 def test_a_compiled_model_trains_as_the_plain_one(monkeypatch, fp32):
     """torch.compile of the whole model: other losses or gradients, or a head left out of it."""
@@ -713,6 +759,7 @@ def test_a_compiled_model_trains_as_the_plain_one(monkeypatch, fp32):
     with torch.no_grad():
         assert compiled(idx, idx.roll(-1, 1))[1].item() == pytest.approx(loss.item(), rel=1e-5)
 
+
 def test_forward_returns_logits_or_loss():
     """model(idx) and model(idx, targets), as other GPT-2s have them."""
     model = small_model()
@@ -728,6 +775,7 @@ def test_forward_returns_logits_or_loss():
 # -----------------------------------------------------------------------------
 # train_gpt2.py: generation
 
+
 def plain_generate(model, idx, n, sampling):
     """Continue one row (1, T) without a cache; a full context drops its older half."""
     room = model.config.block_size
@@ -741,6 +789,7 @@ def plain_generate(model, idx, n, sampling):
         new.append(token.item())
         context = torch.cat([context, token[:, None]], dim=1)
     return new
+
 
 def test_cached_equals_uncached_beyond_the_context():
     """The KV cache, positions, or what happens when the context is full."""
@@ -756,6 +805,7 @@ def test_cached_equals_uncached_beyond_the_context():
     together = generate(model, rows, 30, temperature=0)
     for row, alone in zip(together, rows, strict=True):
         assert row.tolist() == generate(model, alone[None], 30, temperature=0)[0].tolist()
+
 
 @torch.no_grad()
 def test_a_stopped_row_stays_stopped_and_padding_is_never_emitted():
@@ -776,6 +826,7 @@ def test_a_stopped_row_stays_stopped_and_padding_is_never_emitted():
         assert row[:end] == other[:end] and set(row[end:]) <= {stop}
     only = draw(idx[:1], stop=stop)
     assert only.size(1) < 24 or stop not in only  # it ends when all rows have stopped
+
 
 def test_sampling_follows_temperature_top_k_and_top_p():
     """Frequencies of tokens that are not those of the definitions."""
@@ -798,6 +849,7 @@ def test_sampling_follows_temperature_top_k_and_top_p():
     }
     for options, share in expected.items():
         assert torch.allclose(shares(**dict(options)), share, atol=0.015), options
+
 
 @pytest.mark.parametrize("p", [0.9, 0.95, 0.999, 1.0])
 def test_the_nucleus_is_that_of_transformers(p, monkeypatch):
@@ -824,6 +876,7 @@ def test_the_nucleus_is_that_of_transformers(p, monkeypatch):
 # -----------------------------------------------------------------------------
 # train_gpt2.py: data
 
+
 def test_every_window_is_read_once_in_an_epoch(tmp_path):
     """Windows that are skipped or read twice, at borders of shards, steps or epochs."""
     sizes = (50, 7, 1, 64)
@@ -848,6 +901,7 @@ def test_every_window_is_read_once_in_an_epoch(tmp_path):
     with pytest.raises(UserError, match="less than a window of 8 tokens"):
         TokenDataset([tmp_path / "x_train_000000.bin"], GPTConfig(8, 1000))
 
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_ranks_divide_an_epoch_among_them(size, tmp_path, monkeypatch):
     """Windows that two ranks read, or none; shares of the loss that are not a mean."""
@@ -866,6 +920,7 @@ def test_ranks_divide_an_epoch_among_them(size, tmp_path, monkeypatch):
     assert sorted(seen[0]) == sorted(seen[1]) == list(range(1, 1025)) and seen[0] != seen[1]
     assert sum(shares) == pytest.approx(16)  # the micro-batches of a step make one mean
 
+
 def test_batches_that_cannot_be_divided_are_refused(monkeypatch):
     """A step that is silently larger or smaller than --batch-tokens."""
     monkeypatch.setattr(train_gpt2, "world_size", lambda: 4)
@@ -879,6 +934,7 @@ def test_batches_that_cannot_be_divided_are_refused(monkeypatch):
     train_gpt2.check_batch_size(chosen, 64)
     train_gpt2.configure_optimizer(small_model(), chosen)
 
+
 def test_shards_are_found_and_told_apart(tmp_path):
     """Shards that are missed, or exchanged for others without being noticed."""
     config = GPTConfig(8, 500)
@@ -891,6 +947,7 @@ def test_shards_are_found_and_told_apart(tmp_path):
     fineweb.write_shard(tmp_path / "a_train_000001.bin", np.arange(500)[::-1], 500)
     assert train_gpt2.digest(train_gpt2.open_data(tmp_path, config)[0]) != digest
 
+
 def test_prefetch_gives_each_step_once_and_in_order():
     """Batches of another step than the one that trains, or prepared after the last."""
     asked = []
@@ -901,6 +958,7 @@ def test_prefetch_gives_each_step_once_and_in_order():
 
     assert list(train_gpt2.prefetch(get, 3, 6)) == [(3, 30), (4, 40), (5, 50)]
     assert sorted(asked) == [3, 4, 5]
+
 
 def test_validation_is_the_mean_over_all_its_tokens(tmp_path, fp32):
     """Windows that are left out, or a last batch that counts as much as the others."""
@@ -917,6 +975,7 @@ def test_validation_is_the_mean_over_all_its_tokens(tmp_path, fp32):
         row = train_gpt2.validate(model, {"val": dataset}, tokenizer, size, 4, CPU)
         assert row["val_val"] == pytest.approx(np.mean(losses[:count]), rel=1e-5)
 
+
 def test_the_next_steps_are_prepared_ahead():
     """Batches that are made only when they are needed, or twice, or without end."""
     asked = []
@@ -927,6 +986,7 @@ def test_the_next_steps_are_prepared_ahead():
         time.sleep(0.01)
     assert sorted(asked) == [3, 4, 5, 6]
     assert [*steps] == [(step, step**2) for step in range(4, 9)] and sorted(asked) == [*range(3, 9)]
+
 
 def test_prefetching_leaves_the_processor_to_the_step():
     """Threads that compute with threads of their own, which slow down every operation of a step."""
@@ -947,6 +1007,7 @@ def test_prefetching_leaves_the_processor_to_the_step():
 # -----------------------------------------------------------------------------
 # train_gpt2.py: the recipe and training
 
+
 def test_schedule_is_warm_up_then_cosine():
     """GPT-3's recipe, which the preset gpt2 is to the letter."""
     recipe = train_gpt2.RECIPES["gpt2"]
@@ -956,12 +1017,14 @@ def test_schedule_is_warm_up_then_cosine():
     for step, lr in expected.items():
         assert train_gpt2.get_lr(step, recipe) == pytest.approx(lr, rel=1e-3)
 
+
 def test_a_schedule_with_a_cooldown_is_flat_then_linear():
     """gpt2-fast: a rate that falls too early, or does not reach zero."""
     recipe = dataclasses.replace(train_gpt2.RECIPES["gpt2-fast"], max_steps=1000, cooldown=0.25)
     expected = {0: 1.8e-3 / 250, 249: 1.8e-3, 749: 1.8e-3, 875: 0.9e-3, 999: 1.8e-3 / 250}
     for step, lr in expected.items():
         assert train_gpt2.get_lr(step, recipe) == pytest.approx(lr, rel=1e-3)
+
 
 def test_weight_decay_is_on_matrices_only():
     """Biases and LayerNorms that decay, or matrices that do not."""
@@ -976,6 +1039,7 @@ def test_weight_decay_is_on_matrices_only():
     assert names == matrices and sum(len(g["params"]) for g in optimizer.param_groups) == len(
         list(model.parameters()))
 
+
 def small_setup(tmp_path, **changes):
     """(model, recipe, dataset) of 705 random tokens: 44 windows."""
     tokens = np.random.default_rng(0).integers(0, 43, 705)
@@ -983,6 +1047,7 @@ def small_setup(tmp_path, **changes):
     recipe = {"max_steps": 20, "batch_size": 8 * 16, "micro_batch": 4, "lr": 1e-2}
     recipe = Recipe(**recipe | {"warmup_steps": 2} | changes)
     return small_model(), recipe, TokenDataset([tmp_path / "a_train_000001.bin"], SMALL)
+
 
 def test_a_step_is_one_clipped_adamw_update(tmp_path, fp32):
     """The loss, the gradient's norm or its clipping."""
@@ -1000,6 +1065,7 @@ def test_a_step_is_one_clipped_adamw_update(tmp_path, fp32):
     moments = torch.stack([optimizer.state[p]["exp_avg"].norm() for p in model.parameters()])
     assert moments.norm().item() == pytest.approx(0.1, rel=1e-3)
 
+
 def test_micro_batches_add_up(tmp_path, fp32):
     """Gradient accumulation: other losses with smaller micro-batches."""
     losses = []
@@ -1009,6 +1075,7 @@ def test_micro_batches_add_up(tmp_path, fp32):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert losses[2] == pytest.approx(losses[0], rel=1e-5)
     assert losses[0][-1] < losses[0][0]
+
 
 def test_a_loss_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
     """A step with a NaN that reaches the weights or AdamW's moments."""
@@ -1023,6 +1090,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
     assert math.isnan(train_gpt2.train_step(model, optimizer, batches, recipe, CPU)[0])
     for p, old, moment in zip(model.parameters(), before, moments, strict=True):
         assert torch.equal(p, old) and torch.equal(optimizer.state[p]["exp_avg"], moment)
+
 
 def small_run(out, recipe=None, **options):
     """A Run of a model with one weight."""
@@ -1088,6 +1156,7 @@ def test_rates_of_a_resumed_run_are_those_of_its_recipe(tmp_path):
     with pytest.raises(UserError, match="with other optimizer .AdamW, not Muon."), run:
         pass
 
+
 def test_orthogonalized_matrices_have_singular_values_near_one():
     """Newton-Schulz steps: directions that change, or singular values far from 1."""
     torch.manual_seed(0)
@@ -1099,6 +1168,7 @@ def test_orthogonalized_matrices_have_singular_values_near_one():
         nearest = exact_U @ exact_Vh
         cosine = F.cosine_similarity(train_gpt2.orthogonalize(G).flatten(1), nearest.flatten(1))
         assert cosine.min() > 0.95
+
 
 def test_muon_is_its_formula(fp32):
     """Muon's momentum, decay and scale; q, k and v apart; AdamW for everything else."""
@@ -1132,6 +1202,7 @@ def test_muon_is_its_formula(fp32):
 # -----------------------------------------------------------------------------
 # train_gpt2.py: evaluation
 
+
 def test_packed_continuations_have_the_losses_of_separate_ones():
     """pack(): continuations that see each other, wrong positions, targets or owners."""
     model = small_model(config=GPTConfig(40, 43, 2, 2, 32, init_std=0.3))
@@ -1158,6 +1229,7 @@ def test_packed_continuations_have_the_losses_of_separate_ones():
     assert packed.idx.dtype == torch.long and packed.idx.numel() == 0
     assert packed.targets[0, :2].tolist() == [5, -100] and packed.source[0, 0] == 31
 
+
 def test_the_packing_is_the_one_of_the_docstring():
     """The example with which pack() is explained; ids that look like padding are targets too."""
     packed = train_gpt2.pack([([7, 8, 9], [[0, 42], [1, 0, 2]])])
@@ -1168,6 +1240,7 @@ def test_the_packing_is_the_one_of_the_docstring():
     assert packed.owner[0, :6].tolist() == [0, 0, 1, 1, 1, -1]
     mask = packed.mask[0, 0, :6, :6].int().tolist()
     assert mask[3] == [1, 1, 1, 1, 0, 0] and mask[5] == [1, 1, 1, 0, 1, 1]
+
 
 def made_items(number, seed=0):
     """Items of toy captions: one caption, cut, with four endings of different lengths."""
@@ -1181,6 +1254,7 @@ def made_items(number, seed=0):
         items.append(item | {"endings": endings, "label": rng.randrange(4)})
     return items
 
+
 def plain_losses(model, item):
     """The summed loss of each ending: one sequence at a time, logits everywhere."""
     losses = []
@@ -1192,6 +1266,7 @@ def plain_losses(model, item):
         losses.append(-log_p[places, ending].sum().item())
     return losses
 
+
 @torch.no_grad()
 def assert_losses_are_plain_ones(model, items):
     losses = train_gpt2.ending_losses(model, items, CPU)
@@ -1202,6 +1277,7 @@ def assert_losses_are_plain_ones(model, items):
     assert clear.sum() > len(items) / 2
     assert (losses.argmin(1) == plain.argmin(1))[clear].all()
 
+
 def test_endings_have_the_losses_of_one_at_a_time():
     """HellaSwag's losses: the order of items, long contexts, or what else is in the batch."""
     tokenizer = fineweb.get_tokenizer(431)
@@ -1210,6 +1286,7 @@ def test_endings_have_the_losses_of_one_at_a_time():
     items = [hellaswag.render(example, tokenizer) for example in made_items(30)]
     items[3].context *= 9  # too long: cut from the left
     assert_losses_are_plain_ones(model, items)
+
 
 def test_endings_have_their_losses_compiled_too(monkeypatch):
     """HellaSwag in training on a GPU: other losses, or a compilation for each shape."""
@@ -1230,6 +1307,7 @@ def test_endings_have_their_losses_compiled_too(monkeypatch):
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert 0 < graphs < len(set(shapes)) / 2
 
+
 def test_accuracies_are_those_of_the_losses(capsys, precision):
     """Both HellaSwag metrics: what they divide by."""
     tokenizer = fineweb.get_tokenizer(431)
@@ -1249,6 +1327,7 @@ def test_accuracies_are_those_of_the_losses(capsys, precision):
         prefix = "harness_" if method == "harness" else ""
         assert f"{prefix}acc {right['acc'] / 40:.4f}, {prefix}acc_norm {acc_norm:.4f}" in line
 
+
 @real_data
 def test_real_items_have_the_losses_of_one_at_a_time(tmp_path, monkeypatch):
     """HellaSwag on real items: short, long and odd ones; the command that evaluates a model."""
@@ -1267,6 +1346,7 @@ def test_real_items_have_the_losses_of_one_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(hellaswag, "load_examples", lambda: examples)
     printed = run("train_gpt2.py", "--eval", "--ckpt", "hf", "--limit", "20").stdout
     assert printed.count("of 20 items") == 2 and "no validation loss" in printed
+
 
 @real_data
 @measured
@@ -1301,6 +1381,7 @@ def test_measured_hellaswag_beside_one_at_a_time():
     print(f"\none at a time, fp32: {1000 * plain / 48:.0f} ms an item; "
           f"ours: {1000 * fast / 48:.0f} ms, {plain / fast:.2f} times as fast")
 
+
 def in_turns(*functions, rounds=3):
     """The median seconds of each function; they are called in turns, after one call each."""
     times = [[] for _ in functions]
@@ -1315,6 +1396,7 @@ def in_turns(*functions, rounds=3):
 
 # -----------------------------------------------------------------------------
 # train_gpt2.py: using a model, with transformers as the oracle
+
 
 @torch.no_grad()
 @pytest.mark.parametrize("shape", [(12, 12, 768, 1024, 50257), (2, 4, 32, 24, 431)])
@@ -1376,6 +1458,7 @@ def test_fine_tuning_begins_with_the_given_weights(muon, tmp_path, capsys, fp32)
     with pytest.raises(UserError, match="with other first weights"):
         train_gpt2.train("fine-tune", data, tmp_path / "run", recipe, 3, tmp_path / "other")
 
+
 @real_data
 @torch.no_grad()
 def test_rows_after_gpt2s_tokens_are_no_tokens(tmp_path):
@@ -1388,6 +1471,7 @@ def test_rows_after_gpt2s_tokens_are_no_tokens(tmp_path):
     idx = torch.randint(0, 50_257, (1, 5))
     expected = theirs(idx).logits[..., :50_257]
     assert torch.allclose(model(idx)[0], expected, atol=1e-4)
+
 
 @torch.no_grad()
 def test_export_gives_transformers_the_same_logits(tmp_path):
@@ -1407,6 +1491,7 @@ def test_export_gives_transformers_the_same_logits(tmp_path):
     assert loss == pytest.approx(again(idx[:, :-1], idx[:, 1:])[1].item(), rel=1e-6)
     with pytest.raises(UserError, match="there already"):
         train_gpt2.export_hf(model, tokenizer, tmp_path / "hf")
+
 
 @pytest.mark.parametrize("change, words", [
     ({"activation_function": "relu"}, "activation_function is 'relu'"),
@@ -1461,17 +1546,21 @@ def test_names_of_models(server, tmp_path, monkeypatch):
 # -----------------------------------------------------------------------------
 # train_gpt2.py: the folder of a run
 
+
 RUN_FLAGS = ("--preset", "tiny", "--out", "run", "--steps", 40, "--batch-tokens", 256,
              "--eval-every", 10)
 
+
 def train(tiny, cwd, *more):
     return run("train_gpt2.py", *RUN_FLAGS, "--data", tiny, *more, cwd=cwd)
+
 
 def start(script, *args, cwd):
     """A script in the background, whose lines can be read as they come."""
     command = [sys.executable, "-u", HERE / script, *args]
     return subprocess.Popen(list(map(str, command)), cwd=cwd, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE)
+
 
 def interrupt(process, after, number):
     """Send a signal when the line of step `after` is on the screen: (exit code, output)."""
@@ -1481,6 +1570,7 @@ def interrupt(process, after, number):
         if line.startswith(f"step {after:>6}"):
             process.send_signal(number)
     return process.wait(timeout=60), output
+
 
 def outcome(out):
     """Weights, moments and log of a run; the log without its columns of time."""
@@ -1493,6 +1583,7 @@ def outcome(out):
         rows.append({key: value for key, value in row.items() if "second" not in key})
     return tensors, rows
 
+
 def assert_same_outcome(whole, interrupted):
     """The interrupted run has the same weights, and the rows of the whole one plus one at most."""
     expected, expected_log = outcome(whole)
@@ -1503,6 +1594,7 @@ def assert_same_outcome(whole, interrupted):
     assert len(steps_of_stops) <= 1
     assert [row for row in log if row["step"] not in steps_of_stops] == expected_log
 
+
 @pytest.fixture(scope="session")
 def whole(tiny, tmp_path_factory):
     """A run of 40 steps that nobody interrupted: (its folder, what it printed)."""
@@ -1510,6 +1602,7 @@ def whole(tiny, tmp_path_factory):
     process = train(tiny, folder)
     assert process.returncode == 0, process.stderr
     return folder, process.stdout
+
 
 def test_a_run_says_what_it_does_and_leaves_its_folder(whole):
     """The files of a run, its log, and what a user reads first."""
@@ -1524,6 +1617,7 @@ def test_a_run_says_what_it_does_and_leaves_its_folder(whole):
     assert all("val_scenes" in row and "val_english" in row for row in rows[1:])
     assert rows[-1]["loss"] < 3 < rows[0]["loss"]
     assert rows[-1]["tokens_per_second"] > 0 and rows[-1]["seconds"] > rows[0]["seconds"]
+
 
 @pytest.mark.parametrize("after, number", [
     (20, signal.SIGKILL), (20, signal.SIGTERM), (1, signal.SIGHUP)])
@@ -1542,6 +1636,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tiny, whole, tmp_path, af
     process = train(tiny, tmp_path)
     assert process.returncode == 0, process.stderr
     assert_same_outcome(whole[0] / "run", tmp_path / "run")
+
 
 def test_a_finished_run_is_used_and_refuses_what_it_is_not(tiny, whole, tmp_path):
     """A finished run that trains again, or a run that goes on with another seed, shape or data."""
@@ -1562,6 +1657,7 @@ def test_a_finished_run_is_used_and_refuses_what_it_is_not(tiny, whole, tmp_path
     fineweb.write_shard(folder / "other/tiny_train_000001.bin", tokens, 431)  # as many, but others
     assert_error(train(folder / "other", folder), "run was trained with other data")
 
+
 def test_a_run_in_use_is_refused_before_its_checkpoint_is_read(tiny, tmp_path):
     """Two commands that write one checkpoint; one that reads it while the other still saves."""
     (tmp_path / "run").mkdir()
@@ -1581,6 +1677,7 @@ def test_a_run_that_has_not_begun_is_not_compared(tiny, tmp_path):
     process = train(tiny, tmp_path, "--batch-tokens", 128, "--steps", 3)
     assert process.returncode == 0 and "3 of 3 steps are done" not in process.stdout
 
+
 def test_checkpoints_that_cannot_be_read(tmp_path):
     """Damaged or foreign checkpoints: a traceback that does not name the file."""
     path = tmp_path / "ckpt.pt"
@@ -1591,6 +1688,7 @@ def test_checkpoints_that_cannot_be_read(tmp_path):
         path.write_bytes(body)
         with pytest.raises(UserError, match="ckpt.pt is not a whole checkpoint of this program"):
             train_gpt2.load_model(path)
+
 
 def test_a_flipped_bit_or_a_torn_checkpoint_is_noticed(tmp_path):
     """Damage that PyTorch reads over."""
@@ -1606,10 +1704,12 @@ def test_a_flipped_bit_or_a_torn_checkpoint_is_noticed(tmp_path):
         with contextlib.suppress(UserError, OSError):  # or it does not matter: a date, padding
             assert torch.equal(train_gpt2.read_checkpoint(path)["x"], torch.arange(500.0))
 
+
 FULL_DISK = """
 import resource, signal, sys, torch, train_gpt2
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
 
 def main():
     model = torch.nn.Linear(1000, 1000)
@@ -1620,14 +1720,17 @@ def main():
 train_gpt2.fineweb.command_line(main)
 """
 
+
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     """A checkpoint that is lost while the next one is written."""
     with small_run(tmp_path / "run"):
         pass
     command = [sys.executable, "-c", FULL_DISK, tmp_path / "run"]
-    assert_error(subprocess.run(command, cwd=HERE, capture_output=True, text=True), "File too large")
+    process = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert_error(process, "File too large")
     assert train_gpt2.read_checkpoint(tmp_path / "run/ckpt.pt")["model"]["weight"].shape == (1, 1)
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"ckpt.pt", ".lock"}
+
 
 def test_sampling_from_the_command_line(whole, precision):
     """--sample with odd prompts; a run's folder as --ckpt; validation data that is not there."""
@@ -1641,6 +1744,7 @@ def test_sampling_from_the_command_line(whole, precision):
     assert_error(process, "nowhere has no shards")
     process = run("train_gpt2.py", "--eval", "--ckpt", "run", cwd=folder)
     assert "scenes" in process.stdout and "no HellaSwag" in process.stdout, process.stderr
+
 
 @pytest.mark.parametrize("args, words", [
     (["--data", "nowhere"], ["nowhere has no shards", "fineweb.py"]),
@@ -1656,6 +1760,7 @@ def test_a_mistake_is_one_line(args, words, tmp_path):
     write_text(tmp_path / "bare", np.arange(9))
     assert_error(run("train_gpt2.py", *args, cwd=tmp_path), *words)
 
+
 def test_curves_are_drawn(tmp_path):
     """Curves without their validation, without HellaSwag, or without a point."""
     log = tmp_path / "log.csv"
@@ -1664,7 +1769,7 @@ def test_curves_are_drawn(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt2, "draw_chart", lambda path, title, lines: drawn.update(lines))
         train_gpt2.draw_run(tmp_path, read_log(log))
-    expected = {"loss": [(1, 3.0), (10, 2.0), (13, 1.9)], "val_x": [(10, 2.5)]}
+    expected = {"loss": [(1, 3.0), (10, 2.0), (13, 1.9)], "val_val": [(10, 2.5)]}
     assert drawn == expected | {"hellaswag": [(10, 0.26)]}
     train_gpt2.draw_run(tmp_path, read_log(log))
     image = Image.open(tmp_path / "curves.png")
@@ -1673,6 +1778,7 @@ def test_curves_are_drawn(tmp_path):
     assert {(255, 255, 255), (0x94, 0xA3, 0xB8), (0x25, 0x63, 0xEB)} <= colors
     assert (tmp_path / "hellaswag.png").exists()
     train_gpt2.draw_chart(tmp_path / "empty.png", "none of it is finite", {"loss": []})
+
 
 @real_data
 def test_the_124m_trains_on_real_text(tmp_path):
@@ -1685,11 +1791,13 @@ def test_the_124m_trains_on_real_text(tmp_path):
     losses = [loss for loss, _ in itertools.islice(text_steps(model, recipe, train_set), 2)]
     assert losses[0] == pytest.approx(math.log(50257), abs=0.3) and losses[1] < losses[0] - 0.3
 
+
 def small_export(folder):
     """A GPT-2 of GPT-2's vocabulary in transformers' layout."""
     model = small_model(config=GPTConfig(64, 50257, 1, 2, 32, init_std=0.3))
     train_gpt2.export_hf(model, fineweb.get_tokenizer(50257), folder)
     return model
+
 
 @torch.no_grad()
 def test_a_frozen_head_changes_no_probability(monkeypatch):
@@ -1718,8 +1826,9 @@ def test_a_frozen_head_changes_no_probability(monkeypatch):
     assert model.frozen_head.dtype == torch.bfloat16 and "frozen_head" not in model.state_dict()
     assert model.wte.weight.dtype == torch.float32
 
-def test_a_missing_compiler_is_told_and_missing_memory_is_not_one(monkeypatch, capsys):
-    """A machine without Python.h that trains slowly without a reason; an error taken for that."""
+
+def test_a_missing_compiler_is_told(monkeypatch, capsys):
+    """A machine without Python.h that trains slowly without a reason."""
     def fail(error):
         def compile(function):
             raise error
@@ -1731,8 +1840,7 @@ def test_a_missing_compiler_is_told_and_missing_memory_is_not_one(monkeypatch, c
     assert not fail(RuntimeError("backend='inductor' raised:\nno Python.h\nmuch more"))
     out = capsys.readouterr().out
     assert "no Python.h" in out and "much more" not in out
-    with pytest.raises(torch.OutOfMemoryError):
-        fail(torch.OutOfMemoryError("CUDA out of memory"))
+
 
 @real_data
 @torch.no_grad()
@@ -1759,6 +1867,7 @@ def test_an_export_works_alone_in_transformers(tmp_path):
     with pytest.raises(UserError, match="vocab.json is not GPT-2's"):
         train_gpt2.load_model(tmp_path / "hf")
 
+
 @pytest.mark.parametrize("name", ["log.csv", "curves.png", "notes.txt", "ckpt.pt"])
 def test_other_peoples_files_stay(name, tiny, tmp_path):
     """A folder with something else, into which a run is written."""
@@ -1772,10 +1881,12 @@ def test_other_peoples_files_stay(name, tiny, tmp_path):
     assert {p.name for p in (tmp_path / "run").iterdir()} == {name, ".lock"}
     assert path.read_bytes() == body
 
+
 IN_EVALUATION = """
 import os, signal, sys, train_gpt2
 validate, end_step = train_gpt2.validate, train_gpt2.Run.end_step
 how, step = sys.argv.pop(1), int(sys.argv.pop(1))
+
 
 def stop(at, number=None):
     if at == step:
@@ -1783,12 +1894,14 @@ def stop(at, number=None):
             os._exit(9)
         os.kill(os.getpid(), number)
 
+
 def interrupted(model, *args):
     stop(int(how == "kill" and run.step))
     stop(int(how == "second" and run.step), signal.SIGINT)
     row = validate(model, *args)
     stop(int(how == "signal" and run.step), signal.SIGTERM)
     return row
+
 
 def enter(self):
     global run
@@ -1830,6 +1943,7 @@ def test_a_run_without_a_reader_is_saved(tiny, whole, tmp_path):
     assert train(tiny, tmp_path).returncode == 0
     assert_same_outcome(whole[0] / "run", tmp_path / "run")
 
+
 def test_a_run_whose_terminal_is_closed_is_saved(tiny, tmp_path):
     """A closed terminal: no checkpoint."""
     pty = pytest.importorskip("pty", reason="needs a system with terminals")
@@ -1846,6 +1960,7 @@ def test_a_run_whose_terminal_is_closed_is_saved(tiny, tmp_path):
     assert os.waitstatus_to_exitcode(status) != 0
     assert 10 < torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["step"] < 40
 
+
 def test_torchrun_ends_without_a_noise(whole, tiny):
     """Ranks that leave while others work: an abort after right results."""
     folder, _ = whole
@@ -1859,10 +1974,12 @@ def test_torchrun_ends_without_a_noise(whole, tiny):
 # -----------------------------------------------------------------------------
 # Several processes
 
+
 def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
 
 def train_together(rank, size, port, tiny, out):
     """One of `size` processes: three steps of a decoder over the border of an epoch, validation,
@@ -1904,6 +2021,7 @@ def train_together(rank, size, port, tiny, out):
     if size > 1:
         train_gpt2.leave_processes()
 
+
 def test_one_two_and_four_processes_have_the_same_losses(tiny, tmp_path):
     """Other losses on several ranks: gradients that are not summed, or not over all of them."""
     results = []
@@ -1914,6 +2032,7 @@ def test_one_two_and_four_processes_have_the_same_losses(tiny, tmp_path):
     (expected, texts), *others = results
     for losses, other_texts in others:
         assert losses == pytest.approx(expected, rel=1e-4) and other_texts == texts
+
 
 def test_the_first_signal_asks_and_the_second_ends(tmp_path):
     """A Ctrl-C that is not noted, a second one that is caught too, a nohup that is undone."""
@@ -1929,11 +2048,13 @@ def test_the_first_signal_asks_and_the_second_ends(tmp_path):
     assert train_gpt2.is_finished(tmp_path / "run")
     signal.signal(signal.SIGHUP, hangup)
 
+
 def torchrun(script, *args, cwd, size=2):
     module = ["-m", "torch.distributed.run", "--nproc_per_node", size, "--master_port", free_port()]
     command = [sys.executable, "-u", *module, HERE / script, *args]
     return subprocess.Popen(list(map(str, command)), cwd=cwd, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE)
+
 
 def test_a_signal_to_one_process_stops_all_and_one_goes_on(tiny, tmp_path):
     """Ranks that wait for each other after a signal; a run that one process cannot go on with."""
@@ -1956,6 +2077,7 @@ def test_a_signal_to_one_process_stops_all_and_one_goes_on(tiny, tmp_path):
     assert f"{stopped} of {stopped + 3} steps are done" in process.stdout
     assert torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["step"] == stopped + 3
 
+
 def test_torchrun_trains_and_scores_a_bridge_as_one_process_does(captions_run, tmp_path):
     """Captions and scores of several ranks that are not those of one."""
     flags, folder, _ = captions_run
@@ -1967,6 +2089,7 @@ def test_torchrun_trains_and_scores_a_bridge_as_one_process_does(captions_run, t
     for key in ("nats per caption", "shuffled"):
         assert two[key] == pytest.approx(one[key], rel=0.01)
     assert len(two["per_image"]) == 100 and two.keys() == one.keys()
+
 
 @measured
 @real_data
@@ -2009,6 +2132,7 @@ def test_measured_muon_beside_adamw(tmp_path):
     train_gpt2.draw_chart(tmp_path / "muon.png", "validation loss, nats per token", means)
     print(tmp_path / "muon.png")
 
+
 @measured
 def test_measured_steps_beside_nanogpt():
     """Our training step and that of nanoGPT's model.py, which lies in the folder PEER."""
@@ -2043,6 +2167,7 @@ def test_measured_steps_beside_nanogpt():
         rates = [f"{name} {B * T / seconds:,.0f} tokens/s ({seconds / times[0]:.2f})" for
                  name, seconds in zip(("ours", "nanoGPT", "compiled"), times, strict=True)]
         print(f"step, {preset}, {B} x {T}: {', '.join(rates)}")
+
 
 @measured
 def test_measured_generation(tmp_path):
@@ -2081,6 +2206,7 @@ def test_measured_generation(tmp_path):
 # -----------------------------------------------------------------------------
 # coco_eval.py: scores
 
+
 CANDIDATE = "a red circle and a blue square"
 REFERENCES = ["a red circle above a blue square", "a blue square"]
 METRICS = ["CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L"]
@@ -2097,6 +2223,7 @@ ODD_CAPTIONS = [
     "a dog 🐕\u200d🦺 runs", "I ❤\ufe0f dogs 1\ufe0f\u20e3", "soft\xadhyphen", "고양이가 앉아 있다",
     "кошка сидит", "η γάτα κάθεται", "חתול יושב", "গরু ঘাস খায়", "தமிழ் மொழி", "ქართული ენა",
     "a\u200bb\ufeffc\u2060d", "مرحبا\u200cدنیا", "日本語。テスト、です！"]
+
 
 @pytest.fixture(scope="session")
 def official():
@@ -2139,11 +2266,13 @@ def official():
     return {"tokens": tokens, "scores": scores, "full METEOR": start_meteor(),
             "METEOR": start_meteor(*parameters)}
 
+
 def leave_one_out():
     """COCO val2017's captions: each picture's first is the candidate, the others are references."""
     captions = coco_eval.read_references(REAL / "coco/captions_val2017.json")
     references = {id: texts[1:] for id, texts in captions.items()}
     return references, {id: texts[0] for id, texts in captions.items()}
+
 
 def assert_equals_official(official, references, candidates):
     """BLEU, ROUGE-L and CIDEr-D, for the corpus and each picture; returns ours."""
@@ -2155,10 +2284,12 @@ def assert_equals_official(official, references, candidates):
         np.testing.assert_allclose(each, pictures[metric], atol=1e-8, err_msg=metric)
     return ours
 
+
 def meteors(scores):
     """Our METEOR: (corpus, [each picture])."""
     each = [picture["METEOR"] for picture in scores["per_image"].values()]
     return scores["corpus"]["METEOR"], each
+
 
 @measured
 @real_data
@@ -2187,8 +2318,10 @@ def test_scores_equal_the_official_ones_on_all_of_val2017(official):
           f"r {r[1]:.3f} ({correlation(each_without, each_full):.3f} for the one without tables)")
     assert gaps.pop("CIDEr") < 1e-3 and max(gaps.values()) < 3e-4
 
+
 def correlation(a, b):
     return np.corrcoef(a, b)[0, 1]
+
 
 OFFICIAL_SCORES = """
 import json, sys
@@ -2206,6 +2339,7 @@ pair = PTBTokenizer().tokenize(references), PTBTokenizer().tokenize(results)
 for metric in (Bleu(4), Cider(), Rouge(), Meteor()):
     metric.compute_score(*pair)
 """
+
 
 @real_data
 @measured
@@ -2231,6 +2365,7 @@ def test_measured_scoring_beside_the_official_one(official, tmp_path):
         ratio = f"{fast / slow:.2f}"
         print(f"\n{pictures:,} pictures: ours {fast:.2f} s, official {slow:.2f} s ({ratio})")
 
+
 @pytest.mark.parametrize("word, stem", [
     ("quickly", "quick"), ("nearly", "near"), ("only", "onli"), ("family", "famili"),
     ("cities", "citi"), ("sitting", "sit"), ("riding", "ride"), ("dogs", "dog"), ("sky", "sky"),
@@ -2238,6 +2373,7 @@ def test_measured_scoring_beside_the_official_one(official, tmp_path):
 def test_stems_are_those_of_porters_second_stemmer(word, stem):
     """A rule that never applies, since another one comes before it."""
     assert coco_eval.stem(word) == stem
+
 
 @real_data
 def test_meteor_equals_the_one_without_tables_and_orders_systems_as_the_full_one(official):
@@ -2274,6 +2410,7 @@ def test_meteor_equals_the_one_without_tables_and_orders_systems_as_the_full_one
           f"{gaps.min():.3f} to {gaps.max():.3f} lower; over all captions r {over_captions:.3f}")
     assert over_systems > 0.99 and over_captions > 0.95 and gaps.max() < 0
 
+
 def test_odd_captions_equal_the_official_ones(official):
     """Tokens of odd captions and a dozen scripts; scores of corner cases."""
     theirs = official["tokens"](ODD_CAPTIONS)
@@ -2286,6 +2423,7 @@ def test_odd_captions_equal_the_official_ones(official):
         for candidate in (["a", "dog"], one[0][0], []):
             assert_equals_official(official, one, dict.fromkeys(one, candidate))
 
+
 def test_tokens_by_hand():
     """Tokens without Java: contractions, punctuation, brackets, times, other scripts."""
     tokens = coco_eval.tokenize("A dog's t-shirt, isn't it?")
@@ -2296,6 +2434,7 @@ def test_tokens_by_hand():
     assert coco_eval.tokenize("") == coco_eval.tokenize(" ...\n") == []
     assert len(coco_eval.tokenize("एक आदमी घोड़े की सवारी करता है")) == 7
     assert coco_eval.tokenize("a dog 🐕\u200d🦺 runs ❤\ufe0f") == ["a", "dog", "runs", "❤"]
+
 
 @pytest.mark.parametrize("expected, pairs", [
     (1.0, [("a man rides a horse", ["a man rides a horse"]), ("two dogs run", ["two dogs run"])]),
@@ -2313,6 +2452,7 @@ def test_meteor_of_the_jar(expected, pairs):
     scores = coco_eval.evaluate(references, candidates, list)
     assert scores["corpus"]["METEOR"] == pytest.approx(expected, abs=5e-5 if expected < 1 else 0)
 
+
 def test_the_worked_examples_of_the_docstrings():
     """An example whose numbers are not those of the code."""
     references = [[text.split() for text in REFERENCES]]
@@ -2326,6 +2466,7 @@ def test_the_worked_examples_of_the_docstrings():
     expected = (0.756, 0.936, 0.4345, 0.442, 1.743)
     assert (bleu, rouge_l, first, both, each[0]) == pytest.approx(expected, abs=5e-4)
     assert cider == np.mean(each)
+
 
 def test_saying_a_word_again_gains_nothing():
     """Clipping, in BLEU and in CIDEr-D."""
@@ -2341,12 +2482,14 @@ def test_saying_a_word_again_gains_nothing():
     assert cider(["dogs", "x", "y"]) == pytest.approx(10 / 4 / math.sqrt(6) * length)
     assert cider(["dogs"] * 3) == pytest.approx(10 / 4 / 3 / math.sqrt(2) * length)
 
+
 def shapes_captions(number, seed=0):
     """References and candidates of toy scenes."""
     rng = random.Random(seed)
     captions = [fineweb.captions(fineweb.random_scene(rng), rng) for _ in range(number)]
     references = {i: texts[1:] for i, texts in enumerate(captions)}
     return references, {i: texts[0] for i, texts in enumerate(captions)}
+
 
 def test_scores_do_not_depend_on_order_or_the_type_of_ids():
     """Scores that change with the order of pictures, or with pictures that are not scored."""
@@ -2363,6 +2506,7 @@ def test_scores_do_not_depend_on_order_or_the_type_of_ids():
     alone = coco_eval.evaluate({id: references[id] for id in range(20)}, half)
     assert coco_eval.evaluate(references, half) == alone
 
+
 def test_a_perfect_candidate_has_full_marks():
     """Less than full marks for a candidate that is a reference, or more than none for nothing."""
     references, _ = shapes_captions(40)
@@ -2372,6 +2516,7 @@ def test_a_perfect_candidate_has_full_marks():
     assert all(value == pytest.approx(1) for value in scores.values())
     nothing = coco_eval.evaluate({1: ["a red cross"], 2: ["two dogs"]}, {1: "", 2: "zebra"})
     assert not any(picture["METEOR"] for picture in nothing["per_image"].values())
+
 
 def test_alignment_equals_brute_force():
     """METEOR's alignment: fewer matches, or more chunks, than can be had."""
@@ -2401,6 +2546,7 @@ def test_alignment_equals_brute_force():
         assert cost(coco_eval.align(reference, candidate)) == best, (reference, candidate)
     assert len(coco_eval.align(["a"] * 500, ["a"] * 200)) == 200  # and not for ever
 
+
 def test_common_subsequence_equals_brute_force():
     """ROUGE-L's longest common subsequence."""
     rng = random.Random(0)
@@ -2413,11 +2559,13 @@ def test_common_subsequence_equals_brute_force():
                 lengths.append(n)
         assert coco_eval.common_subsequence(a, b) == max(lengths)
 
+
 def write_json(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     text = content if isinstance(content, str) else json.dumps(content)
     path.write_text(text, encoding="utf-8")
     return path
+
 
 def test_scoring_from_the_command_line(tmp_path):
     """Printed and written scores that are not those of evaluate()."""
@@ -2443,6 +2591,7 @@ def test_scoring_from_the_command_line(tmp_path):
     process = run(*command[:5], cwd=tmp_path)
     assert "CIDEr of fewer than two pictures is always 0" in process.stdout
 
+
 @pytest.mark.parametrize("results, words", [
     ("[]", "no caption"), ("{", "JSON"), ('{"a": 1}', "'annotations'"),
     ('[{"image_id": 1}]', "'caption'"), ('[{"image_id": 1, "caption": null}]', "caption 0 is None"),
@@ -2461,6 +2610,7 @@ def test_wrong_results_are_one_line(results, words, tmp_path):
 # -----------------------------------------------------------------------------
 # coco_eval.py: pictures and datasets
 
+
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory):
     """A small set of toy pictures on disk: 300 for training, 100 and 50 for validation."""
@@ -2470,6 +2620,7 @@ def shapes(tmp_path_factory):
         patch.setattr(coco_eval, "UNSEEN_IMAGES", 50)
         coco_eval.make_shapes(folder, images=300)
     return folder
+
 
 def test_toy_pictures_show_what_their_captions_say(shapes, tmp_path):
     """Pictures that do not fit their captions, unseen pairs in training, files by the seed."""
@@ -2495,6 +2646,7 @@ def test_toy_pictures_show_what_their_captions_say(shapes, tmp_path):
     files = [path.relative_to(shapes) for path in (shapes / "train").iterdir()]
     assert len(files) == 300
     assert all((shapes / f).read_bytes() == (tmp_path / "again" / f).read_bytes() for f in files)
+
 
 def test_a_folder_of_own_pictures(tmp_path):
     """Your own pictures: how they are split, and what is wrong with their annotations."""
@@ -2553,6 +2705,7 @@ def test_karpathys_split(tmp_path):
     with pytest.raises(UserError, match="--download"):
         coco_eval.read_dataset(tmp_path, "train", karpathy=True)
 
+
 def test_val2017_alone_is_split(tmp_path):
     """COCO's validation pictures on a laptop: 4,500 for training and 500 for validation."""
     for split, count in (("val2017", 50), ("train2017", 30)):
@@ -2567,12 +2720,14 @@ def test_val2017_alone_is_split(tmp_path):
         sizes = [len(coco_eval.read_dataset(tmp_path, split)) for split in ("train", "val")]
         assert sizes == expected
 
+
 def archive(files, compression=zipfile.ZIP_STORED):
     body = io.BytesIO()
     with zipfile.ZipFile(body, "w", compression) as zipped:
         for name, content in files.items():
             zipped.writestr(name, content)
     return body.getvalue()
+
 
 BODY = random.Random(0).randbytes(400_000)
 
@@ -2595,9 +2750,10 @@ def test_coco_is_fetched_unpacked_and_left_alone(server, tmp_path, monkeypatch):
     (coco / ".unpacked/val2017").mkdir(parents=True)
     (coco / ".unpacked/val2017/0.jpg").write_bytes(b"half of it")  # of a kill
     (coco / "annotations.zip").write_bytes(b"of somebody")
+    (coco / "val2017.zip.part").write_bytes(bodies[1][:70_000])
     (coco / "annotations_trainval2017.zip").write_bytes(bodies[0])  # of a kill, too
     assert run(*command).returncode == 0
-    assert server.ranges[-1] == 100_000  # what had come is kept
+    assert server.ranges[-1] == 70_000  # what had come is kept
     names = {".lock", ".unpacked", "annotations", "val2017", "annotations.zip"}
     assert {p.name for p in coco.iterdir()} == names and not any((coco / ".unpacked").iterdir())
     assert all(p.read_bytes() == BODY[:3000] for p in (coco / "val2017").iterdir())
@@ -2611,6 +2767,7 @@ def test_coco_is_fetched_unpacked_and_left_alone(server, tmp_path, monkeypatch):
     assert run("coco_eval.py", "--download", coco).returncode == 0
     assert (coco / "train2017/1.jpg").read_bytes() == BODY[:100]
     assert len(server.ranges) == asked + 2  # what is there is not downloaded again
+
 
 def test_pictures_of_every_kind_are_read_right(tmp_path):
     """EXIF orientation, transparency, palettes, CMYK, animations; 16 bits that would be clipped."""
@@ -2644,6 +2801,7 @@ def test_pictures_of_every_kind_are_read_right(tmp_path):
         with pytest.raises(UserError, match=f"{name} cannot be read as a picture .*{reason}"):
             coco_eval.load_image(tmp_path / name)
 
+
 @real_data
 def test_odd_pictures_are_read_or_refused_by_name():
     """41 difficult files: half-decoded pictures, wrong sizes, orientation."""
@@ -2667,6 +2825,7 @@ def test_odd_pictures_are_read_or_refused_by_name():
     turned = np.asarray(coco_eval.load_image(folder / "hopper_orientation_6.jpg"), dtype=float)
     assert np.abs(upright - turned).mean() < 12  # the same person, whichever way the file is turned
 
+
 @pytest.mark.parametrize("text, words", [
     ("wow!!!! what??", "wow !!!! what ??"), ("a <b> bold </b> word", "a <b> bold </b> word"),
     ("see http://a.b/c?d=1 now", "see http://a.b/c?d=1 now"), ("x.com", "x.com"),
@@ -2679,7 +2838,9 @@ def test_tokens_that_are_rare(text, words):
 # -----------------------------------------------------------------------------
 # caption.py
 
+
 WIDE = GPTConfig(48, 43, n_layer=4, n_head=2, n_embd=32, init_std=0.3)
+
 
 def small_captioner(name, seed=0, S=5, D=12, config=WIDE):
     """A captioner over a small decoder; nothing in its bridge is zero, as it is at first."""
@@ -2688,6 +2849,7 @@ def small_captioner(name, seed=0, S=5, D=12, config=WIDE):
         if not p.any():
             nn.init.normal_(p, std=0.3)
     return model.eval()
+
 
 def some_pictures(number, seed=0):
     """A PictureSet of random vision tokens, with one to three captions of different lengths."""
@@ -2699,10 +2861,12 @@ def some_pictures(number, seed=0):
     features = np.random.RandomState(0).randn(number, 5, 12).astype(np.float16)
     return caption.PictureSet([{}] * number, captions, features, np.arange(number))
 
+
 def bridge_steps(model, pictures, recipe):
     """steps() of a bridge."""
     get = functools.partial(caption.get_micro_batches, pictures, model, recipe, 0)
     return steps(model, recipe, get, trained=model.bridge)
+
 
 def plain_caption_loss(model, vision, tokens):
     """The losses of one caption: its own sequence, no packing, the whole distribution."""
@@ -2714,6 +2878,7 @@ def plain_caption_loss(model, vision, tokens):
     h = model.hidden_states(x, model.bridge.look(vision[None]))
     log_p = model.decoder.logits(h).log_softmax(-1)[0]
     return -log_p[range(P - 1, P - 1 + len(tokens)), tokens]
+
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", caption.BRIDGES)
@@ -2739,6 +2904,7 @@ def test_packed_captions_have_the_losses_of_separate_ones(name, precision):
     captions = sum(map(len, pictures.captions))
     assert (token, whole * captions) == pytest.approx((mean, mean * count), rel=1e-2)
 
+
 @pytest.mark.parametrize("name", caption.BRIDGES)
 def test_only_the_bridge_learns(name, precision):
     """A decoder that changes, or a part of the bridge that does not."""
@@ -2754,6 +2920,7 @@ def test_only_the_bridge_learns(name, precision):
         assert still or not torch.equal(p, before[n]), n
     assert all(p.dtype == torch.float32 for p in model.bridge.parameters())
 
+
 def test_accumulated_gradients_of_a_bridge_are_those_of_the_whole_batch(fp32):
     """The weight of micro-batches whose captions have different lengths."""
     losses = []
@@ -2765,6 +2932,7 @@ def test_accumulated_gradients_of_a_bridge_are_those_of_the_whole_batch(fp32):
         losses.append([x for pair in itertools.islice(run_steps, 3) for x in pair])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0] == pytest.approx(losses[2], rel=1e-4)
+
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", caption.BRIDGES)
@@ -2786,6 +2954,7 @@ def test_captions_are_the_same_with_and_without_cache(name):
     together = model.generate(vision, 12).tolist()[2]
     assert together[: len(alone)] == alone and set(together[len(alone) :]) <= {model.eot}
 
+
 def plain_next(model, vision, tokens):
     """Logits of the token after `tokens`, computed again."""
     start = model.beginning(vision[None])
@@ -2793,6 +2962,7 @@ def plain_next(model, vision, tokens):
     inputs = torch.tensor([tokens], dtype=torch.long)
     x = torch.cat([start, model.decoder.embed(inputs, torch.arange(P, P + len(tokens)))], 1)
     return model.decoder.logits(model.hidden_states(x, model.bridge.look(vision[None])))[0, -1]
+
 
 def plain_beam_search(model, vision, beams, length):
     """The best caption of one picture; each step computes all beams again from the beginning."""
@@ -2808,6 +2978,7 @@ def plain_beam_search(model, vision, beams, length):
         candidates.sort(key=lambda item: -item[1] / len(item[0]))
         best = candidates[:beams]
     return best[0][0]
+
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", caption.BRIDGES)
@@ -2833,6 +3004,7 @@ def test_beam_search_equals_greedy_and_brute_force(name):
                 worth[tokens] = -losses.sum().item() / len(losses) ** penalty
         found = caption.beam_search(few, vision, 4**4, 4, penalty)[0].tolist()
         assert tuple(t for t in found if t != 3) == max(worth, key=worth.get), (found, penalty)
+
 
 def test_self_critical_gradient_equals_the_exact_one():
     """Samples with the advantage of another, a baseline that biases, a gradient that climbs down.
@@ -2862,6 +3034,7 @@ def test_self_critical_gradient_equals_the_exact_one():
     for ours, theirs in zip(gradient(loss), exact, strict=True):
         assert torch.allclose(ours, -theirs, atol=1e-6)
     assert max(g.abs().max() for g in exact) > 1e-4
+
 
 def test_samples_have_the_rewards_of_their_own_picture(precision, monkeypatch):
     """A sample that is scored for another picture, or packed behind it."""
@@ -2897,12 +3070,14 @@ def test_samples_have_the_rewards_of_their_own_picture(precision, monkeypatch):
             assert references == [*pictures.captions[picture], *[[]] * 5][:5]
     assert weights[:, :5].abs().max() > 0 and (weights[:, 5:] == caption.ANCHOR / 5).all()
 
+
 @torch.no_grad()
 def test_cross_attention_begins_with_the_decoder_as_it_is():
     """A bridge that disturbs the decoder before it has learned anything."""
     bridge = caption.build("cross", 5, 12, small_model(config=WIDE)).bridge
     x = torch.randn(1, 6, 32)
     assert torch.equal(bridge.look(torch.randn(1, 5, 12))(2, x), x)
+
 
 def plain_attention(layer, x, source):
     """caption.Attention for one row in float64, head by head and place by place."""
@@ -2918,10 +3093,12 @@ def plain_attention(layer, x, source):
             y[t, s] = (k[:, s] @ q[t, s] / math.sqrt(hs)).softmax(0) @ v[:, s]
     return y @ w["c_proj.weight"].T + w["c_proj.bias"]
 
+
 def plain_norm(norm, x):
     centered = x - x.mean(-1, keepdim=True)
     variance = x.var(-1, unbiased=False, keepdim=True) + norm.eps
     return centered / variance.sqrt() * norm.weight.double() + norm.bias.double()
+
 
 @torch.no_grad()
 def test_bridges_equal_plain_float64_ones():
@@ -2952,6 +3129,7 @@ def test_bridges_equal_plain_float64_ones():
     y = y + bridge.project.bias.double() + bridge.positions.double()
     assert torch.allclose(bridge.prefix(vision[None])[0].double(), y, atol=1e-5)
 
+
 @pytest.mark.parametrize("side", [8, 16, 24])
 def test_pooling_equals_a_plain_loop(side):
     """Patches that are averaged into another cell."""
@@ -2965,12 +3143,14 @@ def test_pooling_equals_a_plain_loop(side):
         assert torch.allclose(pooled[:, 1 + r * 8 + c], mean, atol=1e-6)
     assert torch.equal(pooled[:, 0], tokens[:, 0])
 
+
 def test_a_prefix_has_to_fit_into_the_context():
     """Vision tokens that leave no room for a caption."""
     decoder = small_model(config=train_gpt2.PRESETS["tiny"])
     for name in caption.BRIDGES:
         with pytest.raises(UserError, match="65 vision tokens leave no room.*--lm"):
             caption.build(name, 65, 12, decoder)
+
 
 @pytest.mark.parametrize("name", caption.BRIDGES)
 def test_frozen_parts_have_the_weights_that_products_need(name, monkeypatch):
@@ -2983,13 +3163,15 @@ def test_frozen_parts_have_the_weights_that_products_need(name, monkeypatch):
     monkeypatch.setattr(train_gpt2, "uses_bf16", lambda device: True)
     train_gpt2.freeze(model.decoder, CPU)
     assert model.decoder.h[0].ln_1.weight.dtype == model.decoder.wpe.weight.dtype == torch.float32
-    weights = {(96, 32), (64, 32)}  # c_attn and the head, whose shapes nothing in a bridge has
+    assert model.decoder.frozen_head.dtype == torch.bfloat16
+    weights = {(96, 32)}  # c_attn, whose shape nothing in a bridge has
     with train_gpt2.autocast(CPU), torch.profiler.profile(record_shapes=True) as profile:
         _, loss = model(vision, packed)
         model.generate(vision, 5)
     assert loss.item() == pytest.approx(exact, abs=0.1, rel=2e-2)
     casts = [e for e in profile.events() if e.name == "aten::_to_copy" and e.input_shapes[0]]
     assert casts and not weights & {tuple(event.input_shapes[0]) for event in casts}
+
 
 @pytest.fixture(scope="session")
 def toy_clip(tmp_path_factory):
@@ -2998,6 +3180,7 @@ def toy_clip(tmp_path_factory):
     path = tmp_path_factory.mktemp("clip") / "clip.safetensors"
     train_gpt2.save_weights(path, open_clip.CLIP(**caption.TOY_CLIP), {"clip": caption.TOY_CLIP})
     return path
+
 
 def test_the_toy_clip_is_trained(shapes, tmp_path, monkeypatch):
     """A first run that stops at the toy CLIP, or leaves parts of it as they were."""
@@ -3014,6 +3197,7 @@ def test_the_toy_clip_is_trained(shapes, tmp_path, monkeypatch):
     after = train_gpt2.read_weights(path)[1]
     same = [name for name in before if torch.equal(before[name], after[name])]
     assert len(same) < len(before) / 10, same
+
 
 def test_the_decoder_is_asked_about_the_map_of_the_picture(shapes, monkeypatch):
     """map_facts(): maps of other pictures, or answers that are cut in the wrong place."""
@@ -3044,6 +3228,7 @@ def test_the_decoder_is_asked_about_the_map_of_the_picture(shapes, monkeypatch):
     shares = caption.map_facts(setup, pictures)
     assert shares == dict.fromkeys(coco_eval.FACTS, 1.0)
 
+
 def test_batches_for_clip_have_hard_negatives():
     """Batches in which colors alone tell pictures apart, or pictures that are left out."""
     rng = random.Random(0)
@@ -3056,6 +3241,7 @@ def test_batches_for_clip_have_hard_negatives():
             same += len({colors[i] for i in group}) == 1
     assert same > 0.5 * 12 * 8  # 50 sets of colors: some groups stand across a border
     assert not np.array_equal(epoch[0], caption.similar_pictures(colors, 3, 12, 64))
+
 
 def test_vision_tokens_are_computed_once_and_gone_on_with(
         toy_clip, shapes, tmp_path, monkeypatch, precision, capsys):
@@ -3135,6 +3321,7 @@ def test_two_commands_and_a_kill_make_one_file_of_vision_tokens(toy_clip, shapes
     whole = caption.cached_features(caption.load_clip(toy_clip), pictures, shapes, "train")
     assert made == whole.tobytes()
 
+
 @pytest.fixture(scope="session")
 def captions_run(toy_clip, shapes, whole, tmp_path_factory):
     """(flags of a short run, the folder in which one was made without interruption, its output)."""
@@ -3144,6 +3331,7 @@ def captions_run(toy_clip, shapes, whole, tmp_path_factory):
     process = run("caption.py", *flags, cwd=folder)
     assert process.returncode == 0, process.stderr
     return flags, folder, process.stdout
+
 
 def test_a_caption_run_leaves_its_folder(captions_run, shapes):
     """The files of a bridge's run; scores that are not those of its results."""
@@ -3172,6 +3360,7 @@ def test_a_caption_run_leaves_its_folder(captions_run, shapes):
     assert f"100 validation pictures of {shapes}, beam 3" in process.stdout, process.stderr
     assert len(coco_eval.read_results(out / "results.json")) == 100
 
+
 def test_an_interrupted_caption_run_ends_as_if_it_had_not_been(captions_run, tmp_path):
     """Exact resume of a bridge, and its best weights."""
     flags, folder, _ = captions_run
@@ -3183,6 +3372,7 @@ def test_an_interrupted_caption_run_ends_as_if_it_had_not_been(captions_run, tmp
     assert_same_outcome(folder / out, tmp_path / out)
     one, other = (f / out / "best.safetensors" for f in (folder, tmp_path))
     assert one.read_bytes() == other.read_bytes()
+
 
 def test_a_comparison_of_all_bridges(captions_run):
     """A bridge, the blind one or a row that is left out of --compare's table."""
@@ -3199,6 +3389,7 @@ def test_a_comparison_of_all_bridges(captions_run):
     assert rows["place"][1] == f"{scores['place']:.2f}" and len(rows["nats per caption"]) == 4
     assert Image.open(folder / "all/compare/curves.png").size == (900, 480)
 
+
 def test_self_critical_training(captions_run, shapes):
     """--scst that does not go on from the bridge, or begins where CIDEr-D says nothing."""
     flags, folder, _ = captions_run
@@ -3207,7 +3398,7 @@ def test_self_critical_training(captions_run, shapes):
     shutil.copytree(folder / "runs/shapes-cross", unfinished)
     checkpoint = torch.load(unfinished / "ckpt.pt", weights_only=True)
     torch.save(checkpoint | {"finished": False}, unfinished / "ckpt.pt")  # it was interrupted
-    for task in (["--scst"], ["--scst", "--sample", picture], ["--eval"]):
+    for task in (["--scst"], ["--scst", "--sample", picture]):
         process = run("caption.py", *flags[:8], *task, "--out", unfinished, cwd=folder)
         assert_error(process, "no trained bridge")
     process = run("caption.py", *flags[:8], "--scst", "--steps", 3, "--batch", 4, cwd=folder)
@@ -3235,6 +3426,7 @@ def test_self_critical_training(captions_run, shapes):
         out = ["--out", folder / "runs/shapes-cross", "--batch", 5]
         process = run("caption.py", *flags[:8], *out, "--scst", cwd=folder)
         assert_error(process, "one validation picture is always 0")
+
 
 def test_one_set_of_pictures_trains_and_scores(captions_run, shapes, tmp_path, precision):
     """COCO's validation pictures alone: one in both splits, scores that pass for val2017's."""
@@ -3294,6 +3486,7 @@ def test_karpathys_split_has_runs_of_its_own(captions_run, shapes, tmp_path):
     process = run("caption.py", *flags[:3], "--bridge", "linear", "--eval", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
 
+
 def test_sampling_pictures(captions_run, shapes, server, tmp_path, precision):
     """--sample: files of several kinds, a broken one, an address, --grid, --num, --attention."""
     flags, folder, _ = captions_run
@@ -3349,6 +3542,7 @@ def test_pictures_keep_their_order(captions_run, shapes, tmp_path):
     one = run("caption.py", *command, own / "000077.png", cwd=tmp_path).stdout.splitlines()[-1]
     assert one == lines[75]
 
+
 @pytest.mark.parametrize("args, words", [
     (["--bridge", "cross", "--sample", "nothing.png"], ["nothing.png is not there"]),
     (["--bridge", "cross", "--sample", "empty"], ["no pictures"]),
@@ -3369,6 +3563,7 @@ def test_mistakes_in_captioning_are_one_line(args, words, tmp_path, whole, shape
     assert_error(process, *words)
     assert not (tmp_path / "runs").exists()
 
+
 @torch.no_grad()
 def test_captions_may_be_as_long_as_in_training():
     """Captions that end after 30 tokens, greedy and by beam search; samples that do not."""
@@ -3381,6 +3576,7 @@ def test_captions_may_be_as_long_as_in_training():
     assert model.generate(vision, prompt=prompt).size(1) == 55
     vision = torch.randn(2, 5, 12)
     assert {len(row) for rows in caption.draw_samples(model, vision, None) for row in rows} == {30}
+
 
 def test_what_vision_tokens_depend_on_is_their_identity(toy_clip, shapes, tmp_path, monkeypatch):
     """The same weights with another activation, preprocessing or precision, taken for the same."""
@@ -3401,6 +3597,7 @@ def test_what_vision_tokens_depend_on_is_their_identity(toy_clip, shapes, tmp_pa
         monkeypatch.setattr(train_gpt2, "uses_bf16", lambda device, p=precision: p)
         caption.cached_features(caption.load_clip(toy_clip), pictures, shapes, "train")
     assert len(list(Path("data/features").glob("*.bin"))) == 2
+
 
 def test_a_bridge_knows_its_parts(captions_run, shapes, whole, tmp_path):
     """A shared bridge that needs flags, trains something, or takes other parts without a word."""
@@ -3429,6 +3626,7 @@ def test_a_bridge_knows_its_parts(captions_run, shapes, whole, tmp_path):
         (tmp_path / "models").mkdir(exist_ok=True)
         assert_error(run("caption.py", *command, cwd=tmp_path), words)  # nothing is trained
     assert not (tmp_path / "runs").exists()
+
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["linear", "cross", "qformer"])
@@ -3466,6 +3664,7 @@ def test_recorded_attention_is_that_of_the_captions(name, fp32):
     words, seen = caption.word_attention(model, vision, "a red circle " * 40, tokenizer)  # is cut
     assert len(words) == model.room and all(w[1:].max() > 0 for w in seen)
 
+
 @measured
 @pytest.mark.parametrize("name", ["linear", "cross", "qformer"])
 def test_measured_attention(name):
@@ -3491,6 +3690,7 @@ def test_measured_attention(name):
             row, col = divmod(weights[1:].argmax(), 8)
             correct.append((row, col // 2) == (thing["row"], thing["col"]))
     print(f"\n{name}: {np.mean(correct):.3f} of {len(correct)} shapes, by chance {1 / 16:.3f}")
+
 
 @real_data
 def test_the_whole_way_with_gpt2s_vocabulary(server, tmp_path, monkeypatch):
@@ -3538,6 +3738,7 @@ def test_the_whole_way_with_gpt2s_vocabulary(server, tmp_path, monkeypatch):
 # -----------------------------------------------------------------------------
 # train_gpt2.py and caption.py on a GPU that is not there
 
+
 @contextlib.contextmanager
 def fake_cuda(monkeypatch, learns=()):
     """CUDA tensors that have shape, type and device, but no content; `learns`: to be trained.
@@ -3583,7 +3784,9 @@ def fake_cuda(monkeypatch, learns=()):
     with FakeTensorMode():
         yield device
 
+
 FAKE = GPTConfig(64, 431, 2, 2, 32)
+
 
 @pytest.mark.parametrize("muon", [0, 5])
 def test_training_and_evaluation_on_a_fake_gpu(muon, monkeypatch):
@@ -3609,6 +3812,7 @@ def test_training_and_evaluation_on_a_fake_gpu(muon, monkeypatch):
         with train_gpt2.autocast(device):  # beyond the context
             assert generate(model, idx, 70, top_k=5, top_p=0.9).shape == (3, 75)
 
+
 def cpu_pack(pack, *args):
     """pack(), whose tensors begin as lists: they are made with content, then faked."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -3617,6 +3821,7 @@ def cpu_pack(pack, *args):
         packed = pack(*args)
     fields = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in vars(packed).items()}
     return train_gpt2.Packed(**fields)
+
 
 @pytest.mark.parametrize("name", caption.BRIDGES)
 def test_bridges_on_a_fake_gpu(name, monkeypatch):
@@ -3641,6 +3846,7 @@ def test_bridges_on_a_fake_gpu(name, monkeypatch):
                 assert model.generate(vision, 4, **options).shape == (2, 4)
             assert caption.beam_search(model, vision, 3, 4).shape == (2, 4)
 
+
 @pytest.mark.parametrize("shape", ["toy", "ViT-L-14"])
 def test_the_image_encoder_on_a_fake_gpu(shape, monkeypatch):
     """The same of CLIP, the toy one and ViT-L/14."""
@@ -3653,6 +3859,7 @@ def test_the_image_encoder_on_a_fake_gpu(shape, monkeypatch):
         size = 64 if shape == "toy" else 224
         tokens = caption.pool_tokens(encoder(torch.empty(2, 3, size, size)))
         assert tokens.device == device and tokens.shape[:2] == (2, 33)
+
 
 def test_attention_of_many_shapes_does_without_cudnn(monkeypatch):
     """cuDNN, which plans each new shape for .4 s, where shapes change with every token."""

@@ -1541,7 +1541,7 @@ def curve(rows, key):
 
 def draw_chart(path, title, lines):
     """A line chart as a PNG; lines: {label: [(step, y), ...]}."""
-    points = np.array([(0, 0), *sum(lines.values(), [])])[1:]
+    points = np.array([(0.0, 0.0), *sum(lines.values(), [])])[1:]
     low = points.min(0, initial=math.inf)
     high = np.maximum(points.max(0, initial=-math.inf), low + 1e-9)
     image = Image.new("RGB", (1800, 960), "white")
