@@ -1168,7 +1168,7 @@ def evaluate(name, data, limit):
         batch = math.ceil(16_384 / model.config.block_size)
         validate(model, val_sets, tokenizer, tokens, batch, device)
     else:
-        print(f"no validation loss: {usual} is not there (python fineweb.py downloads it)")
+        print("no validation loss: give --data, or get FineWeb-Edu (python fineweb.py)")
     if tokenizer.name != "gpt2" or model.config.block_size < 256:
         print("no HellaSwag: it needs GPT-2's tokens and a context of 256")
         return
