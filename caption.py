@@ -1397,14 +1397,16 @@ def open_run(name, setup, out, bridge, train_set, recipe, base=None):
         "seed": setup.seed,
         "data": str(setup.data),
         "karpathy": setup.karpathy,
-        "pictures": pictures_digest(train_set.pictures),
+        "pictures": pictures_digest(setup),
         "lm": setup.lm,
         "lm_digest": setup.lm_digest,
         "clip": setup.clip,
         "clip_digest": setup.encoder.digest,
     }
-    identity = {key: about[key] for key in ("bridge", "seed")}
-    identity |= {
+    identity = {  # what must stay the same when it is continued
+        "bridge": name,
+        "seed": setup.seed,
+        "pictures": len(train_set),
         "batch size": recipe.batch_size,
         "optimizer": "Muon" if recipe.muon else "AdamW",
         "digest of pictures or captions": about["pictures"],
@@ -1418,8 +1420,9 @@ def open_run(name, setup, out, bridge, train_set, recipe, base=None):
     return run
 
 
-def pictures_digest(pictures):
-    """Tells sets of pictures apart, by their names and captions."""
+def pictures_digest(setup):
+    """Tells sets of pictures for training apart, by their names and captions."""
+    pictures = coco_eval.read_dataset(setup.data, "train", setup.karpathy)
     return short_hash([(picture["path"].name, picture["captions"]) for picture in pictures])
 
 
@@ -1444,8 +1447,7 @@ def choose_run(args, seed):
         about, _ = read_bridge(file)
         names = choose_setup(args, seed, about)
         if args.data and Path(args.data).resolve() != Path(about["data"]).resolve():
-            pictures = coco_eval.read_dataset(names.data, "train", names.karpathy)
-            if pictures_digest(pictures) != about["pictures"]:
+            if pictures_digest(names) != about["pictures"]:
                 problem = f"{file.parent} was trained on {about['data']}, not on {args.data}"
                 raise UserError(problem, "choose another --out")
     return out, names, base
