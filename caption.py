@@ -47,18 +47,7 @@ import coco_eval
 import fineweb
 import train_gpt2
 from fineweb import UserError, number
-from train_gpt2 import (
-    MLP,
-    KVCache,
-    Recipe,
-    Run,
-    autocast,
-    fit,
-    get_lr,
-    pick_device,
-    rank,
-    short_hash,
-)
+from train_gpt2 import MLP, KVCache, Recipe, Run, autocast, fit, get_lr, pick_device
 
 # -----------------------------------------------------------------------------
 # 0. Why it works
@@ -592,7 +581,7 @@ def sampled_batches(train_set, captioner, recipe, seed, tokenizer, first_step):
     cider = coco_eval.CIDEr(references)
     for step in range(first_step, recipe.max_steps):
         generator = torch.Generator(device)
-        generator.manual_seed((seed * 10**6 + step) * 1000 + rank())
+        generator.manual_seed((seed * 10**6 + step) * 1000 + train_gpt2.rank())
         chosen = train_gpt2.step_indices(seed, step, recipe.batch_size, len(train_set))
         batches = []
         for part in train_gpt2.share_out(chosen, recipe):
@@ -794,7 +783,7 @@ def evaluate(out, setup, beam=None):
     if all(picture["scene"] for picture in val_set.pictures):  # the toy pictures
         facts, lines = scene_facts(captioner, setup, val_set, shuffled, texts)
         row |= facts
-    if rank() == 0:
+    if train_gpt2.rank() == 0:
         pairs = zip(val_set.pictures, texts, strict=True)
         results = [{"image_id": picture["id"], "caption": text} for picture, text in pairs]
         fineweb.write_json(out / "results.json", results)
@@ -864,7 +853,7 @@ def compare(args):
     if setup.tokenizer.name == "tiny" and all(picture["scene"] for picture in pictures):
         columns["map in words"] = map_facts(setup, pictures)
     table = "\n".join(comparison(columns))
-    if rank() == 0:
+    if train_gpt2.rank() == 0:
         with fineweb.atomic_write(folder / "table.md", "w") as file:
             file.write(table + "\n")
         train_gpt2.draw_chart(folder / "curves.png", "validation loss, nats per token", curves)
@@ -1114,13 +1103,13 @@ def cached_features(encoder, pictures, folder, split, karpathy=False):
     unnoticed.
     """
     precision = "bf16" if train_gpt2.uses_bf16(pick_device()) else "fp32"
-    key = short_hash([str(folder.resolve()), karpathy, encoder.digest, precision])
+    key = train_gpt2.short_hash([str(folder.resolve()), karpathy, encoder.digest, precision])
     path = Path("data/features") / f"{folder.resolve().name}-{split}-{key}.bin"
     states = []
     for file in [picture["path"] for picture in pictures]:
         stat = file.stat() if file.exists() else None
         states.append((file.name, stat and (stat.st_size, stat.st_mtime_ns)))
-    digest = short_hash(states)
+    digest = train_gpt2.short_hash(states)
     digest_file = path.with_suffix(".sha256")
     shape = (len(pictures), 33, encoder.visual.transformer.width)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1271,7 +1260,8 @@ def load_clip(which):
     kinds = {type(module).__name__ for module in model.visual.modules()}
     activation = sorted(kind for kind in kinds if "GELU" in kind)
     preprocessing = sorted(open_clip.get_model_preprocess_cfg(model).items())
-    digest = short_hash([train_gpt2.fingerprint(model.visual), activation, preprocessing])
+    parts = [train_gpt2.fingerprint(model.visual), activation, preprocessing]
+    digest = train_gpt2.short_hash(parts)
     return ImageEncoder(time_first(model.visual), preprocess, digest)
 
 
@@ -1423,7 +1413,7 @@ def open_run(name, setup, out, bridge, train_set, recipe, base=None):
 def pictures_digest(setup):
     """Tells sets of pictures for training apart, by their names and captions."""
     pictures = coco_eval.read_dataset(setup.data, "train", setup.karpathy)
-    return short_hash([(picture["path"].name, picture["captions"]) for picture in pictures])
+    return train_gpt2.short_hash([(each["path"].name, each["captions"]) for each in pictures])
 
 
 def run_folder(args, setup, name, scst=False):

@@ -124,8 +124,8 @@ def read_shard(path, n_vocab):
 #
 #     <|endoftext|> . . . . red-circle red-circle . . BLUE-SQUARE BLUE-SQUARE . . ...   the map
 #     there are two objects                                                 the number, in 20 %
-#     blue square top left large, red circle top right small          two of the objects, in 80 %
-#     a picture of a blue square and a red circle                           one to five captions
+#     blue square top left large, red circle top right small, right   two of the objects, in 80 %
+#     a picture of a blue square and a red circle                             one or five captions
 #     the blue square is at the top left
 #
 # The map names each cell twice, to fill 32 places: caption.py will later put 32 vectors there that
@@ -225,15 +225,19 @@ def scene_map(scene):
 
 
 def scene_document(scene, rng):
-    """A scene's map, sometimes its number, mostly two of its objects, and one to five captions."""
+    """A scene's map, sometimes its number, mostly a list of two objects, one or five captions.
+
+    The list tells the place and size of both, and where the second lies as seen from the first.
+    """
     lines = [scene_map(scene)]
     if rng.random() < 0.2:
         lines.append(f"there are {NUMBERS[len(scene['objects'])]} objects")
-    pair = rng.sample(scene["objects"], 2)
+    a, b = rng.sample(scene["objects"], 2)
     if rng.random() < 0.8:
-        lines.append(", ".join(f"{object_name(a)} {place(a)} {a['size']}" for a in pair))
-    relations = [rng.choice(relation_captions(scene, rng)) for _ in range(3)]
-    lines += rng.sample(captions(scene, rng) + relations, rng.randint(1, 5))
+        told = [f"{object_name(thing)} {place(thing)} {thing['size']}" for thing in (a, b)]
+        lines.append(", ".join([*told, " ".join(relations(b, a))]))
+    more = [rng.choice(relation_captions(scene, rng)) for _ in range(3)]
+    lines += rng.sample(captions(scene, rng) + more, rng.choice((1, 5, 5, 5)))
     return "\n".join(lines)
 
 
@@ -267,7 +271,7 @@ def scene_blocks(number, tokenizer, seed):
 #     the two objects in the order of the map       it walks along the map, it looks nothing up
 #     the two objects without their sizes           sizes .7 with one seed in three
 #     captions that name the size first             a third of the sizes wrong
-#     one relation instead of four of eight lines   relations, the hardest fact, are not learned
+#     relations in captions only, three or six      some seeds know left and right only
 
 MAP_WORDS = [f"{color}-{shape}" for color, shape in itertools.product(COLORS, SHAPES)]
 OTHER_WORDS = """top bottom left right above below there are is objects in a picture of and can be

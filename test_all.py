@@ -198,9 +198,11 @@ def test_scene_documents_are_true_and_tell_sizes():
         numbers += lines[0].startswith("there are")
         for line in lines:
             assert False not in coco_eval.facts(line, scene).values()
-            pair = line.split(", ")
-            if set(pair) <= told:
-                assert len(set(pair)) == 2
+            *pair, sides = line.split(", ")
+            if set(pair) <= told and len(pair) == 2:
+                a, b = ([t for t in scene["objects"] if text.startswith(fineweb.object_name(t))][0]
+                        for text in pair)
+                assert sides.split() == fineweb.relations(b, a) and a != b
                 pairs += 1
     assert 40 < numbers < 130 and 210 < pairs < 270
 
