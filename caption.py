@@ -102,6 +102,8 @@ class ImageEncoder:
 
     def __init__(self, visual, preprocess, digest):
         self.visual = train_gpt2.freeze(visual, pick_device())
+        # what the blocks add to stays fp32, which halves the error of bf16 (.8 to .4 %)
+        visual.conv1.register_forward_hook(lambda conv, inputs, patches: patches.float())
         self.preprocess = preprocess  # Pillow picture to (3, H, W)
         self.digest = digest  # of what its tokens depend on
 
