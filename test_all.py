@@ -1212,40 +1212,6 @@ def test_real_items_have_the_losses_of_one_at_a_time(tmp_path, monkeypatch):
     assert printed.count("of 20 items") == 2 and "no validation loss" in printed
 
 
-@real_data
-@measured
-def test_measured_hellaswag_beside_one_at_a_time():
-    """The 124M on 48 items: four padded rows with all logits an item, beside ours."""
-    tokenizer = fineweb.get_tokenizer(50257)
-    examples = real_items()
-    items = [hellaswag.render(e, tokenizer) for e in hellaswag.subset(examples, 48)]
-    model = small_model(config=train_gpt2.PRESETS["gpt2"])
-
-    @torch.no_grad()
-    def one_at_a_time():
-        losses = []
-        for item in items:
-            n = len(item.context)
-            rows = torch.zeros(4, n + max(map(len, item.endings)), dtype=torch.long)
-            counts = torch.zeros(rows.shape)
-            for row, ending in enumerate(item.endings):
-                rows[row, : n + len(ending)] = torch.tensor(item.context + ending)
-                counts[row, n : n + len(ending)] = 1
-            logits = model(rows)[0][:, :-1].flatten(0, 1)
-            loss = F.cross_entropy(logits, rows[:, 1:].flatten(), reduction="none").view(4, -1)
-            losses.append((loss * counts[:, 1:]).sum(1).tolist())
-        return losses
-
-    def ours():
-        with train_gpt2.autocast(CPU):
-            return train_gpt2.ending_losses(model, items, CPU)
-
-    np.testing.assert_allclose(ours(), one_at_a_time(), rtol=1e-2)
-    plain, fast = in_turns(one_at_a_time, ours, rounds=2)
-    print(f"\none at a time, fp32: {1000 * plain / 48:.0f} ms an item; "
-          f"ours: {1000 * fast / 48:.0f} ms, {plain / fast:.2f} times as fast")
-
-
 def in_turns(*functions, rounds=3):
     """The median seconds of each function; they are called in turns, after one call each."""
     times = [[] for _ in functions]
@@ -2201,22 +2167,6 @@ def shapes_captions(number, seed=0):
     return references, {i: texts[0] for i, texts in enumerate(captions)}
 
 
-def test_scores_do_not_depend_on_order_or_the_type_of_ids():
-    """Scores that change with the order of pictures, or with pictures that are not scored."""
-    references, candidates = shapes_captions(40)
-    scores = coco_eval.evaluate(references, candidates)
-    backwards = {str(id): references[id][::-1] for id in reversed(references)}
-    other = coco_eval.evaluate(backwards, dict(reversed(candidates.items())))
-    metrics = set(scores["corpus"]) - {"METEOR"}  # where references are equal, the first counts
-    for metric in metrics:
-        assert other["corpus"][metric] == pytest.approx(scores["corpus"][metric], abs=1e-12)
-        for id, picture in scores["per_image"].items():
-            assert other["per_image"][id][metric] == pytest.approx(picture[metric], abs=1e-12)
-    half = {id: candidates[id] for id in range(20)}
-    alone = coco_eval.evaluate({id: references[id] for id in range(20)}, half)
-    assert coco_eval.evaluate(references, half) == alone
-
-
 def test_alignment_equals_brute_force():
     """METEOR's alignment: fewer matches, or more chunks, than can be had."""
     rng = random.Random(0)
@@ -2244,19 +2194,6 @@ def test_alignment_equals_brute_force():
         best = min(map(cost, all_ways(reference, candidate)))
         assert cost(coco_eval.align(reference, candidate)) == best, (reference, candidate)
     assert len(coco_eval.align(["a"] * 500, ["a"] * 200)) == 200  # and not for ever
-
-
-def test_common_subsequence_equals_brute_force():
-    """ROUGE-L's longest common subsequence."""
-    rng = random.Random(0)
-    for _ in range(50):
-        a = rng.choices("abc", k=rng.randint(0, 7))
-        b = rng.choices("abc", k=rng.randint(0, 7))
-        lengths = []
-        for n in range(8):
-            if set(itertools.combinations(a, n)) & set(itertools.combinations(b, n)):
-                lengths.append(n)
-        assert coco_eval.common_subsequence(a, b) == max(lengths)
 
 
 def write_json(path, content):
