@@ -54,10 +54,15 @@ from train_gpt2 import MLP, KVCache, Recipe, Run, autocast, fit, get_lr, pick_de
 #
 # CLIP (Radford et al. 2021) is two encoders, of pictures and of texts, that were trained on 400 M
 # pictures from the web with their captions. In a batch of them each picture has to find its own
-# caption among all, and each caption its picture (the contrastive loss: see train_clip()). So the
-# image encoder knows what people say of a picture, but cannot say it. GPT-2, the decoder, can talk,
-# but sees nothing. A bridge, small beside both, turns what the one sees into something that the
-# other can read.
+# caption among all, and each caption its picture (the contrastive loss):
+#
+#     similarity = pictures @ captions.T * scale      # (B, B), of vectors of length 1
+#     right = torch.arange(B)                         # picture i belongs to caption i
+#     loss = (cross_entropy(similarity, right) + cross_entropy(similarity.T, right)) / 2
+#
+# So the image encoder knows what people say of a picture, but cannot say it. GPT-2, the decoder,
+# can talk, but sees nothing. A bridge, small beside both, turns what the one sees into something
+# that the other can read.
 #
 # Both stay frozen: they know more than COCO could teach them, nothing of it is forgotten, and a
 # picture has to go through CLIP only once. GPT-2 can read vectors that are no words because its
@@ -123,8 +128,8 @@ class ImageEncoder:
 def pool_tokens(tokens):
     """Average the square of patches to 4 x 8: (B, 1 + n * n, D) to (B, 1 + 32, D).
 
-    ViT-L/14's 256 patches (the toy's 64) become 32: a sequence eight times shorter, and for COCO a
-    cache of 8 GB instead of 65.
+    ViT-L/14's 256 patches (the toy's 64, ViT-B/32's 49, whose averages overlap) become 32: a
+    sequence eight times shorter, and for COCO a cache of 8 GB instead of 65.
     """
     B, S, D = tokens.shape
     side = math.isqrt(S - 1)
@@ -138,8 +143,8 @@ def pool_tokens(tokens):
 #
 #             what the decoder gets                        where            trained
 #   linear    S vectors, each vision token projected       before the text  projection, positions
-#   qformer   32 vectors, gathered by learned queries      before the text  these, 1 to 4 layers
-#   cross     attention to the vision tokens, per block    inside           these, attention
+#   qformer   32 vectors, gathered by learned queries      before the text  + queries, 1 to 4 layers
+#   cross     attention to the vision tokens, per block    inside           + attention per block
 #   blind     what linear makes of zeros, to compare with  before the text  as linear
 #
 # Each has the same two methods: prefix(vision) gives the vectors before the text, or None;
@@ -379,7 +384,15 @@ class Captioner(nn.Module):
         return packed.at_source(self.hidden_states(x, self.bridge.look(vision), packed.mask))
 
     def forward(self, vision, packed):
-        """(None, mean loss) of captions, given vision tokens (B, S, D); as GPT has it."""
+        """(None, mean loss) of captions, given vision tokens (B, S, D). For one caption alone:
+
+            x = torch.cat([beginning(vision), decoder.embed(caption, positions)], dim=1)
+            h = hidden_states(x, bridge.look(vision))                # (1, P + T, C)
+            logits = decoder.logits(h[:, P - 1 :])                   # of each token, and of the end
+            loss = F.cross_entropy(logits[0], [*caption, <|endoftext|>])
+
+        (tested by test_packed_captions_have_the_losses_of_separate_ones)
+        """
         return None, self.decoder.loss(self.predict(vision, packed), packed.targets)
 
     @torch.no_grad()
@@ -438,7 +451,7 @@ class PictureSet:
     """Pictures, their vision tokens, and the token ids of their captions."""
 
     pictures: list  # as coco_eval.read_dataset() gives them
-    captions: list  # for each picture a list of token lists, ended by <|endoftext|>
+    captions: list  # of each token lists, lower-case, with <|endoftext|> for the full stop
     features: np.ndarray  # (all pictures, S, D), float16, on disk
     rows: np.ndarray  # for each picture its row of the features
 
@@ -573,8 +586,9 @@ def train_on_scores(name, setup, out, flags, base):
 def sampled_batches(train_set, captioner, recipe, seed, tokenizer, first_step):
     """Yield (step, [(vision, packed captions, their weights, share of the step's pictures)]).
 
-    A picture's K samples and K of its references are packed together after its prefix, so one pass
-    gives the log probabilities of all (tested by test_self_critical_gradient_equals_the_exact_one).
+    Samples have to come from the bridge as it is now, so nothing is prepared ahead. A picture's K
+    samples and K of its references are packed together after its prefix, so one pass gives the log
+    probabilities of all (tested by test_self_critical_gradient_equals_the_exact_one).
     """
     device = pick_device()
     references = []

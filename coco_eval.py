@@ -86,7 +86,8 @@ class CIDEr:
                 grams.update(*ngram_counts(reference))
             frequency.update(grams)
         self.log_n = math.log(pictures)
-        self.information = frequency  # overwritten: a second one for COCO would take a gigabyte
+        # in the same Counter, number by number: a second one for COCO would take a gigabyte
+        self.information = frequency
         for gram, df in frequency.items():
             self.information[gram] = self.log_n - math.log(df)
 
@@ -113,7 +114,7 @@ class CIDEr:
 
 
 def cider(references, candidates):
-    """CIDEr-D of a corpus, the mean over pictures; arguments and result as for bleu()."""
+    """{"CIDEr": (mean, [each picture])} of token lists: for a picture several, and a candidate."""
     scorer = CIDEr(references)
     pictures = []
     for picture, candidate in zip(references, candidates, strict=True):

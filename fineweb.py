@@ -66,6 +66,7 @@ def get_tokenizer(n_vocab):
         what_to_do = f"GPT-2's has 50,257, the toy's {len(pieces) + 1}"
         raise UserError(f"there is no tokenizer of {n_vocab:,} tokens", what_to_do)
     ranks = {piece: rank for rank, piece in enumerate(pieces)}
+    # as GPT-2's, it splits the text into words first, and never merges across them
     pattern = r" ?[A-Za-z]+(?:-[A-Za-z]+)?| ?\.|[\s\S]"
     special = {EOT: len(pieces)}
     return tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
@@ -124,7 +125,7 @@ def read_shard(path, n_vocab):
 #
 #     <|endoftext|> . . . . red-circle red-circle . . BLUE-SQUARE BLUE-SQUARE . . ...   the map
 #     there are two objects                                                 the number, in 20 %
-#     blue square top left large, red circle top right small, right   two of the objects, in 80 %
+#     blue square top left large, red circle top right small, right above       two, in 80 %
 #     a picture of a blue square and a red circle                             one or five captions
 #     the blue square is at the top left
 #
@@ -228,6 +229,7 @@ def scene_document(scene, rng):
     """A scene's map, sometimes its number, mostly a list of two objects, one or five captions.
 
     The list tells the place and size of both, and where the second lies as seen from the first.
+    Five captions are more than fit: the block is full then.
     """
     lines = [scene_map(scene)]
     if rng.random() < 0.2:

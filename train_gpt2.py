@@ -107,20 +107,14 @@ def attention(q, k, v, mask=None, is_causal=False):
         scores = q @ k.transpose(-2, -1) / math.sqrt(hs)            # (B, nh, queries, keys)
         if is_causal:
             mask = torch.ones_like(scores, dtype=torch.bool).tril()  # causal mask: not the future
-        scores = scores.masked_fill(~mask, -math.inf)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
         return scores.softmax(dim=-1) @ v
 
     FlashAttention (Dao et al. 2022) computes the same in tiles, and never stores the scores;
     PyTorch chooses it on GPUs (tested by test_decoder_equals_a_plain_float64_one).
     """
-    options = {"attn_mask": mask, "is_causal": is_causal}
-    if q.device.type == "cpu" and q.size(2) < 512:  # short on a CPU: bf16 is 5 times slower
-        with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
-    if mask is not None or q.size(2) != k.size(2):  # many shapes: cuDNN would plan each for .4 s
-        with sdpa_kernel(FAST_SDPA):
-            return F.scaled_dot_product_attention(q, k, v, **options)
-    return F.scaled_dot_product_attention(q, k, v, **options)
+    return fast_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
 
 
 class MLP(nn.Module):
@@ -219,7 +213,7 @@ class GPT(nn.Module):
             return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
         The logits of 64 x 1024 tokens take 13 GB; "The loss in chunks", after the banner, keeps
-        only a thirtieth at a time. A target of -100 does not count.
+        only some thousand rows of them at a time. A target of -100 does not count.
         """
         return cross_entropy(h, self.head(), targets, self.config.vocab_size)
 
@@ -374,8 +368,8 @@ def step_indices(seed, step, batch_size, size):
 def get_micro_batches(dataset, recipe, seed, step):
     """A step's windows, in micro-batches that fit into memory: [(x, y, share of the step), ...].
 
-    Where several processes train together, each has a part of them: with 512 windows in
-    micro-batches of 16, both of two have 16, whose shares are 16 / 512 each.
+    Several processes may train together, each on its part of the step: of 512 windows each of two
+    gets 256, in 16 micro-batches of 16, whose shares are 16 / 512.
     """
     windows = step_indices(seed, step, recipe.batch_size // dataset.T, len(dataset))
     batches = []
@@ -487,7 +481,14 @@ def configure_optimizer(model, recipe):
 
 
 def train_step(model, optimizer, micro_batches, recipe, device, stop=False):
-    """One update of the weights: (loss, norm of the gradient, whether to stop).
+    """One update of the weights: (loss, norm of the gradient, whether to stop). In short:
+
+        for x, y, share in micro_batches:
+            _, loss = model(x, y)
+            (loss * share).backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
 
     Gradient accumulation: backward() adds to .grad, so the gradients of the micro-batches, each
     weighted by its share of the step's targets, add up to that of the whole batch (tested by
@@ -579,21 +580,9 @@ def train(preset, data, out, recipe, seed=0, init=None):
     check_batch_size(recipe, config.block_size)
     tokenizer = fineweb.get_tokenizer(config.vocab_size)
     train_set, val_sets = open_data(data, config)
-    optimizer = configure_optimizer(model, recipe)
-    identity = {  # what must stay the same when the run is resumed
-        "shape": str(config),
-        "optimizer": type(optimizer).__name__,
-        "seed": seed,
-        "batch size": recipe.batch_size,
-        "digest of data": digest(train_set),
-        "digest of first weights": fingerprint(model) if init else "",
-    }
-    epochs = recipe.max_steps * recipe.batch_size / (len(train_set) * train_set.T)
-    run = Run(Path(out), model, optimizer, recipe, identity, about={"config": asdict(config)})
-    run.keep_best = epochs >= 2  # where each text is read once, the last weights are the best
-    run.began_trained = init is not None
+    run = open_run(out, model, recipe, train_set, seed, init)  # its folder, with the optimizer
     with run:  # takes the folder for itself; goes on from its checkpoint; notes Ctrl-C
-        describe(run, data, epochs, device)
+        describe(run, data, device)
         if not run.finished:
             items = load_hellaswag(tokenizer) if preset.startswith("gpt2") else []
             fast_model = compiled(model)
@@ -911,9 +900,7 @@ def loss_and_gradient(logits, target, n_vocab):
 
 
 def softmax_minus_one_hot(logits, target, n_vocab):
-    """loss_and_gradient() in plain PyTorch; compiled, it stores nothing else of the size (rows, V)
-    (tested by test_the_compiled_head_stores_no_second_logits).
-    """
+    """loss_and_gradient() in plain PyTorch; compiled, it stores nothing else of size (rows, V)."""
     logits[:, n_vocab:] = -math.inf  # unused rows of the table get no probability
     log_p = F.log_softmax(logits, dim=1, dtype=torch.float32)
     index = target.clamp(min=0)
@@ -1183,6 +1170,17 @@ def evaluate(name, data, limit):
 # Devices and processes
 
 FAST_SDPA = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def fast_attention(q, k, v, **options):
+    """PyTorch's scaled_dot_product_attention, with the kernels that are fast here."""
+    if q.device.type == "cpu" and q.size(2) < 512:  # short on a CPU: bf16 is 5 times slower
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
+    if options["attn_mask"] is not None or q.size(2) != k.size(2):
+        with sdpa_kernel(FAST_SDPA):  # many shapes: cuDNN would plan each of them for .4 s
+            return F.scaled_dot_product_attention(q, k, v, **options)
+    return F.scaled_dot_product_attention(q, k, v, **options)
 
 
 def pick_device():
@@ -1607,13 +1605,31 @@ def digest(dataset):
     return short_hash([(len(s), s[:1000].tobytes(), s[-1000:].tobytes()) for s in dataset.shards])
 
 
-def describe(run, data, epochs, device):
+def open_run(out, model, recipe, train_set, seed, init):
+    """The Run of a GPT."""
+    optimizer = configure_optimizer(model, recipe)
+    identity = {  # what must stay the same when the run is resumed
+        "shape": str(model.config),
+        "optimizer": type(optimizer).__name__,
+        "seed": seed,
+        "batch size": recipe.batch_size,
+        "digest of data": digest(train_set),
+        "digest of first weights": fingerprint(model) if init else "",
+    }
+    run = Run(Path(out), model, optimizer, recipe, identity, about={"config": asdict(model.config)})
+    run.epochs = recipe.max_steps * recipe.batch_size / (len(train_set) * train_set.T)
+    run.keep_best = run.epochs >= 2  # where each text is read once, the last weights are the best
+    run.began_trained = init is not None
+    return run
+
+
+def describe(run, data, device):
     """What will be done, a line each."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     precision = "bf16 products, fp32 weights" if uses_bf16(device) else "fp32"
     parameters = sum(p.numel() for p in run.model.parameters())
     print(f"model      {parameters:,} parameters on {world_size()} x {name}, {precision}")
-    print(f"data       {data}, {epochs:.1f} epochs; {run.recipe.batch_size:,} tokens a step")
+    print(f"data       {data}, {run.epochs:.1f} epochs; {run.recipe.batch_size:,} tokens a step")
     print(f"run        {run.out}, {run.step:,} of {run.recipe.max_steps:,} steps are done")
     if parameters > 1e8 and device.type == "cpu":
         print("           no GPU is seen: is its driver (nvidia-smi) too old for this PyTorch?")
