@@ -15,7 +15,7 @@ lives in runs/<setup>-<bridge>/: ckpt.pt, log.csv, curves.png, and best.safetens
 alone, which is what one shares; its evaluation adds results.json, scores.json, grid.png.
 
 To read, in an evening: 0 why it works, 1 the image encoder, 2 the three bridges, 3 the captioner,
-4 training a bridge, 5 self-critical training. For reference, after the banner: beam search,
+4 training a bridge; CIDEr-D in coco_eval.py; 5 self-critical training. For reference, after the banner: beam search,
 evaluation and comparison, your own pictures, vision tokens on disk, the two setups, the command
 line.
 
@@ -164,8 +164,8 @@ class LinearBridge(nn.Module):
     LiMBeR showed that a linear map is enough to read a frozen image encoder with a frozen language
     model. ClipCap (Mokady et al. 2021) maps one vector of a picture to a prefix: by a transformer
     where GPT-2 stays frozen, by an MLP where it is trained, too. The other two bridges begin with
-    this map. Its positions begin at zero, since a prefix gets the decoder's own in addition; in
-    the other bridges nothing else says where a token was, so they begin at random.
+    this map. Its positions begin at zero, since a prefix gets the decoder's own in addition; those
+    of the other bridges, to which nothing is added, begin at random.
     """
 
     def __init__(self, S, D, decoder):
@@ -484,7 +484,11 @@ def train(name, setup, out, flags):
     Toy: 500 steps of 32 pictures, each with its five captions, by Muon, at rates of .01 to .04 for
     matrices. Full: four passes over COCO (on a CPU one and a half), by AdamW, at 2e-3 for linear
     and 4e-4 for the others. The rate is flat, then falls linearly (choose_recipe). flags: of the
-    recipe, {name: value}.
+    recipe, {name: value}. In short, for each step, with the decoder frozen:
+
+        _, loss = captioner(vision, packed)
+        loss.backward()                                # reaches the bridge through the decoder
+        optimizer.step()                               # of the bridge's weights
     """
     device = pick_device()
     train_set = load_pictures(setup, "train")

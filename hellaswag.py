@@ -78,8 +78,8 @@ def count_correct(items, losses):
         log_p = log_p.gather(1, idx[0, 1:, None])                              # of the right one
         loss = -log_p[-len(ending):].sum()
 
-    train_gpt2.py's ending_losses() computes the context only once for its four endings (chapter 7,
-    packing; tested by test_endings_have_the_losses_of_one_at_a_time).
+    train_gpt2.py's ending_losses() computes the context only once for its four endings (packing, in
+    chapter 7, later; tested by test_endings_have_the_losses_of_one_at_a_time).
     """
     losses = np.asarray(losses, dtype=np.float64).reshape(-1, 4)
     labels = np.array([item.label for item in items], dtype=int)

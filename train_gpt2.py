@@ -15,8 +15,8 @@ The toy run is not GPT-2's recipe: in its few minutes it learns to look things u
 rate that is flat, then falls linearly, and positions that begin as sinusoids (chapters 4 and 6).
 `--preset gpt2` has GPT-3's rates, shortened to 10 B tokens: AdamW, a cosine, random positions.
 
-To read, in an evening: 1 the model, 2 generation, 3 data, 4 the recipe, 5 training, 6 Muon and
-sinusoids; and, before caption.py, 7 packing. After the banner, for another evening: the loss in
+To read, in an evening: 1 the model, 2 generation, 3 data, 4 the recipe, 5 training; hellaswag.py;
+the toy text in fineweb.py; 6 Muon and sinusoids; before caption.py, 7 packing. After the banner, for another evening: the loss in
 chunks, and how OpenAI's weights are read (from_pretrained). For reference: evaluation, devices and
 processes, the folder of a run, the command line.
 
@@ -133,7 +133,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention gathers from other positions, the MLP works on each position by itself.
 
-    GPT-2 also had dropout, against learning text by heart; text that is seen once needs none.
+    GPT-2 also had dropout, against learning text by heart; text that is seen once needs none (where
+    it is seen again and again, the best weights of a run are kept).
     """
 
     def __init__(self, config):
@@ -426,9 +427,10 @@ RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up steps
     # GPT-3's rates and betas, shortened to 10 B tokens, 375 M of them to warm up. GPT-3 read 300 B,
     # with a context of 2,048 and a batch that grew
     "gpt2": Recipe(19_073, 524_288, 16, 6e-4, 715),
-    # Not yet run at full size. 4.5 B tokens with Muon at .01, a flat rate, then linear, no decay:
-    # near record 4 of modded-nanogpt, which reached the 3.28 on FineWeb of llm.c's 10 B tokens with
-    # 3.3 B (and rotary positions). AdamW's rate and warm-up are those of its AdamW baseline
+    # Not yet run at full size: 4.5 B tokens with Muon at .01, a flat rate, then linear, no decay.
+    # That is near record 4 of modded-nanogpt. On FineWeb llm.c's loss after 10 B tokens is 3.28;
+    # record 4 reached it with 3.3 B (and rotary positions). AdamW's rate and warm-up are those of
+    # its AdamW baseline
     "gpt2-fast": Recipe(8_600, 524_288, 16, 1.8e-3, 250, cooldown=0.29, muon=5.6, weight_decay=0.0),
     "gpt2-medium": Recipe(19_073, 524_288, 8, 3e-4, 715),
     "gpt2-large": Recipe(19_073, 524_288, 4, 2.5e-4, 715),
@@ -491,7 +493,7 @@ def train_step(model, optimizer, micro_batches, recipe, device, stop=False):
         optimizer.zero_grad()
 
     Gradient accumulation: backward() adds to .grad, so the gradients of the micro-batches, each
-    weighted by its share of the step's targets, add up to that of the whole batch (tested by
+    weighted by its share of the step, add up to that of the whole batch (tested by
     test_micro_batches_add_up). Several processes (ranks) each add up their own; then all_reduce
     sums these over all ranks, so that all make the same update. stop: whether this rank was asked
     to; all get the same answer. A loss that is not finite leaves the weights as they are.
@@ -547,10 +549,18 @@ def validate(model, val_sets, tokenizer, eval_tokens, batch, device):
 
 
 def fit(run, model, batches, evaluate, device):
-    """The training loop, here and in caption.py: from run.step to the last step of run.recipe.
+    """The training loop, here and in caption.py, from run.step to the last step. In short:
+
+        for step, micro_batches in batches:
+            if step % eval_every == 0:
+                save, evaluate
+            lr = get_lr(step)
+            train_step(micro_batches)
+        save, evaluate
 
     run: the folder, with the weights and their optimizer. model(*inputs) gives (_, loss). batches:
     yields (step, micro-batches). evaluate(): prints losses, and returns columns of the log.
+    run.end_step() counts the steps.
     """
     recipe = run.recipe
     for step, micro_batches in batches:
@@ -580,7 +590,8 @@ def train(preset, data, out, recipe, seed=0, init=None):
     check_batch_size(recipe, config.block_size)
     tokenizer = fineweb.get_tokenizer(config.vocab_size)
     train_set, val_sets = open_data(data, config)
-    run = open_run(out, model, recipe, train_set, seed, init)  # its folder, with the optimizer
+    optimizer = configure_optimizer(model, recipe)
+    run = open_run(out, model, optimizer, recipe, train_set, seed, init)
     with run:  # takes the folder for itself; goes on from its checkpoint; notes Ctrl-C
         describe(run, data, device)
         if not run.finished:
@@ -589,7 +600,7 @@ def train(preset, data, out, recipe, seed=0, init=None):
             get_batches = functools.partial(get_micro_batches, train_set, recipe, seed)
 
             def evaluate():
-                model.frozen_head = centered_head(model)  # as --eval has it
+                model.frozen_head = centered_head(model)  # loses less in bf16, as in --eval
                 sizes = (recipe.eval_tokens, recipe.micro_batch)
                 row = validate(fast_model, val_sets, tokenizer, *sizes, device)
                 if items and run.step >= recipe.eval_every:  # not in a trial of 20 steps
@@ -770,8 +781,8 @@ class Packed:
 def pack(rows, P=0):
     """Pack rows of (beginning, [continuation, ...]), all of token ids, after P vectors.
 
-    The beginning is part 0, continuation k is part k + 1. Padding is part -1: it sees itself, since
-    a softmax over nothing would be NaN. For the example above, with P = 0:
+    The beginning is part 0, continuation k is part k + 1. Padding is part -1, which no token sees.
+    For the example above, with P = 0:
 
         a column for each token            a column for each target
         token     c1 c2 c3 a1 b1 b2        target    a1 a2 b1 b2 b3
@@ -1605,9 +1616,8 @@ def digest(dataset):
     return short_hash([(len(s), s[:1000].tobytes(), s[-1000:].tobytes()) for s in dataset.shards])
 
 
-def open_run(out, model, recipe, train_set, seed, init):
+def open_run(out, model, optimizer, recipe, train_set, seed, init):
     """The Run of a GPT."""
-    optimizer = configure_optimizer(model, recipe)
     identity = {  # what must stay the same when the run is resumed
         "shape": str(model.config),
         "optimizer": type(optimizer).__name__,
