@@ -15,9 +15,9 @@ lives in runs/<setup>-<bridge>/: ckpt.pt, log.csv, curves.png, and best.safetens
 alone, which is what one shares; its evaluation adds results.json, scores.json, grid.png.
 
 To read, in an evening: 0 why it works, 1 the image encoder, 2 the three bridges, 3 the captioner,
-4 training a bridge; CIDEr-D in coco_eval.py; 5 self-critical training. For reference, after the banner: beam search,
-evaluation and comparison, your own pictures, vision tokens on disk, the two setups, the command
-line.
+4 training a bridge; CIDEr-D in coco_eval.py; 5 self-critical training. For reference, after the
+banner: beam search, evaluation and comparison, your own pictures, vision tokens on disk, the two
+setups, the command line.
 
 Letters beside the code: B batch, T time (tokens), C width of the decoder, P prefix, S vision
 tokens, D their width, N targets of a row, V vocabulary, W beams, K samples.
@@ -787,6 +787,9 @@ def evaluate(out, setup, beam=None):
     """
     out = Path(out)
     captioner = load_captioner(out / "best.safetensors", setup)
+    if read_bridge(out / "best.safetensors")[0]["pictures"] != pictures_digest(setup):
+        problem = f"{out} was trained on other pictures, captions or another split"
+        raise UserError(problem, "name its own with --data, or choose another --out")
     val_set = load_pictures(setup, "test" if setup.karpathy else "val")
     shuffled = replace(val_set, rows=np.roll(val_set.rows, 1))
     decoding = f"beam {beam}" if beam else "greedy"
@@ -868,7 +871,7 @@ def compare(args):
         out = run_folder(args, setup, name)
         run = train(name, setup, out, train_gpt2.recipe_flags(args))
         curves[name] = train_gpt2.curve(run.rows, "val")
-        columns[name] = evaluate(out, setup) | {"seconds": run.seconds}
+        columns[name] = evaluate(out, setup) | {"steps": run.step, "seconds": run.seconds}
     pictures = load_pictures(setup, "val").pictures
     if setup.tokenizer.name == "tiny" and all(picture["scene"] for picture in pictures):
         columns["map in words"] = map_facts(setup, pictures)
@@ -886,7 +889,7 @@ def comparison(columns):
     yield "|---" * (len(columns) + 1) + "|"
     losses = dict.fromkeys(("nats per caption", "shuffled", "CIDEr", "METEOR"), ".3f")
     facts = [*coco_eval.FACTS, "captions true", "objects, unseen pairs", "objects, shuffled"]
-    rows = {"parameters": ",.0f"} | losses | dict.fromkeys(facts, ".2f") | {"seconds": ".0f"}
+    rows = {"parameters": ",.0f", "steps": ",.0f"} | losses | dict.fromkeys(facts, ".2f") | {"seconds": ".0f"}
     for key, form in rows.items():
         cells = [format(row[key], form) if key in row else "" for row in columns.values()]
         if any(cells):
@@ -1020,10 +1023,10 @@ def sample(args):
         cells.append((ImageOps.pad(image, (256, 256), color="white"), texts[0]))
     if not cells:
         raise UserError("none of these pictures can be read", "name others")
-    if args.grid:
+    if args.grid and train_gpt2.rank() == 0:
         draw_grid(args.grid, cells)
         print(f"{args.grid} has the pictures with their captions")
-    if args.attention:
+    if args.attention and train_gpt2.rank() == 0:
         vision = pool_tokens(setup.encoder(setup.encoder.preprocess(image)[None]))
         words, seen = word_attention(captioner, vision, texts[0], setup.tokenizer)
         draw_attention(args.attention, image, words, seen)
@@ -1138,7 +1141,7 @@ def cached_features(encoder, pictures, folder, split, karpathy=False):
             path.unlink(missing_ok=True)
             digest_file.write_text(digest)
         encode_pictures(encoder, pictures, path, shape)
-    return np.memmap(path, np.float16, "r", shape=shape)
+        return np.memmap(path, np.float16, "r", shape=shape)
 
 
 def encode_pictures(encoder, pictures, path, shape):
@@ -1254,8 +1257,9 @@ def load_clip(which):
 
     if Path(which).is_file():
         about, tensors = train_gpt2.read_weights(which)
-        model = open_clip.CLIP(**about["clip"])
-        model.load_state_dict(tensors)
+        with fineweb.reading(which, "a CLIP of this program", RuntimeError):
+            model = open_clip.CLIP(**about["clip"])
+            model.load_state_dict(tensors)
         preprocess = open_clip.image_transform(model.visual.image_size, is_train=False)
     else:
         name, _, tag = str(which).partition("/")

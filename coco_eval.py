@@ -612,17 +612,18 @@ ARCHIVES = (  # each has one folder; its MD5
 def download_coco(folder, val_only=False):
     """Download, check and unpack COCO 2017, or, if val_only, what belongs to val2017."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder / ".lock"):  # of two commands the second one waits
+    unpacked = folder / ".unpacked"  # archives, and what is in them until it is whole
+    unpacked.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(unpacked / ".lock"):  # of two commands the second one waits
         for address, md5 in ARCHIVES[:2] if val_only else ARCHIVES:
-            archive = folder / Path(address).name
+            archive = unpacked / Path(address).name
             name = archive.stem.removesuffix("_trainval2017")
             if not (folder / name).exists():
                 download(f"{HOST}/{address}", archive, md5)
                 with zipfile.ZipFile(archive) as zipped:
                     for member in tqdm(zipped.namelist(), name, unit=" files", disable=None):
-                        zipped.extract(member, folder / ".unpacked")
-                os.replace(folder / ".unpacked" / name, folder / name)
+                        zipped.extract(member, unpacked)
+                os.replace(unpacked / name, folder / name)
             archive.unlink(missing_ok=True)
     print(f"COCO 2017 is in {folder}")
 

@@ -491,7 +491,7 @@ def reading(path, what, *errors):
         yield
     except (ValueError, KeyError, TypeError, *errors) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{path} is not {what} ({reason})", "correct it") from error
+        raise UserError(f"{path} is not {what} ({reason})", "replace it") from error
 
 
 # -----------------------------------------------------------------------------

@@ -31,6 +31,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import zipfile
 from pathlib import Path
 
@@ -844,9 +845,11 @@ def test_shards_are_found_and_told_apart(tmp_path):
     config = GPTConfig(8, 500)
     with pytest.raises(UserError, match="has no shards NAME_train"):
         train_gpt2.open_data(tmp_path, config)
-    write_text(tmp_path, np.arange(500), 500, ("a_train_000001", "a_val_000000", "b_val_000000"))
+    names = ("a_train_000001", "a_val_000000", "a_val_000001", "b_train_x_val_000000")
+    write_text(tmp_path, np.arange(500), 500, names)
     train, val = train_gpt2.open_data(tmp_path, config)
-    assert len(train) == 499 // 8 and list(val) == ["a", "b"]
+    assert len(train) == 499 // 8 and list(val) == ["a", "b_train_x"]
+    assert len(val["a"]) == 2 * (499 // 8)
     digest = train_gpt2.digest(train)
     fineweb.write_shard(tmp_path / "a_train_000001.bin", np.arange(500)[::-1], 500)
     assert train_gpt2.digest(train_gpt2.open_data(tmp_path, config)[0]) != digest
@@ -1009,6 +1012,9 @@ def test_the_best_weights_are_kept(tmp_path):
                 run.finish()
     about, tensors = train_gpt2.read_weights(tmp_path / "run/best.safetensors")
     assert about["step"] == 2 and tensors["weight"].item() == 1.0
+    run = train_gpt2.open_run(tmp_path / "run", *small_setup(tmp_path, max_steps=1)[:1], None,
+                              *small_setup(tmp_path, max_steps=1)[1:], 0, None)
+    assert run.epochs < 2 and run.keep_best  # older best weights would pass for those of this run
     assert train_gpt2.quality({"cider": 0.7, "val_val": 1.0}) == 0.7  # self-critical training
 
 
@@ -1351,8 +1357,8 @@ def test_names_of_models(server, tmp_path, monkeypatch):
     for name in ("gpt2", "distilgpt2", "somebody/gpt2"):
         train_gpt2.load_model(name)
     repos = ["openai-community/gpt2", "distilgpt2", "somebody/gpt2"]
-    assert asked == [f"{repo}/{file}" for repo in repos for file in
-                     ("config.json", "model.safetensors")]
+    files = ("config.json", "vocab.json", "model.safetensors")
+    assert asked == [f"{repo}/{file}" for repo in repos for file in files]
     (tmp_path / "gpt2").mkdir()  # what is on disk comes first
     for name in ("gpt2", "runs/tiny", "a.safetensors"):
         with pytest.raises(UserError, match="has no model: train first"):
@@ -1568,6 +1574,7 @@ def test_sampling_from_the_command_line(whole, precision):
     (["--preset", "small", "--data", "bare"], ["tokens of 431", "50,257"]),
     (["--preset", "tiny", "--data", "bare", "--batch-tokens", 1000], ["a multiple of 64"]),
     (["--eval", "--preset", "small"], ["runs/small has no model: train first"]),
+    (["--eval", "--preset", "small", "--ckpt", "x"], ["--preset", "--eval"]),
     (["--sample", "x"], ["runs/tiny has no model: train first"])])
 def test_a_mistake_is_one_line(args, words, tmp_path):
     """A traceback where the user made a mistake; a hub that is asked for runs/tiny."""
@@ -2385,20 +2392,20 @@ def test_coco_is_fetched_unpacked_and_left_alone(server, tmp_path, monkeypatch):
     assert_error(run(*command))
     (coco / ".unpacked/val2017").mkdir(parents=True)
     (coco / ".unpacked/val2017/0.jpg").write_bytes(b"half of it")  # of a kill
-    (coco / "annotations.zip").write_bytes(b"of somebody")
-    (coco / "val2017.zip.part").write_bytes(bodies[1][:70_000])
-    (coco / "annotations_trainval2017.zip").write_bytes(bodies[0])  # of a kill, too
+    (coco / "val2017.zip").write_bytes(b"of somebody")
+    (coco / ".unpacked/val2017.zip.part").write_bytes(bodies[1][:70_000])
+    (coco / ".unpacked/annotations_trainval2017.zip").write_bytes(bodies[0])  # of a kill, too
     assert run(*command).returncode == 0
     assert server.ranges[-1] == 70_000  # what had come is kept
-    names = {".lock", ".unpacked", "annotations", "val2017", "annotations.zip"}
-    assert {p.name for p in coco.iterdir()} == names and not any((coco / ".unpacked").iterdir())
+    assert {p.name for p in (coco / ".unpacked").iterdir()} == {".lock"}
+    assert (coco / "val2017.zip").read_bytes() == b"of somebody"
     assert all(p.read_bytes() == BODY[:3000] for p in (coco / "val2017").iterdir())
     assert len(list((coco / "val2017").iterdir())) == 50
     asked = len(server.ranges)
     server.files[f"/{archives[2][0]}"] = b"a login page"
     assert_error(run("coco_eval.py", "--download", coco), "is not the expected file")
     server.files[f"/{archives[2][0]}"] = bodies[2]
-    (coco / "train2017.zip.part").write_bytes(bodies[2][:50])
+    (coco / ".unpacked/train2017.zip.part").write_bytes(bodies[2][:50])
     server.behave = ["no ranges"]
     assert run("coco_eval.py", "--download", coco).returncode == 0
     assert (coco / "train2017/1.jpg").read_bytes() == BODY[:100]
@@ -3072,8 +3079,15 @@ def test_karpathys_split_has_runs_of_its_own(captions_run, shapes, tmp_path):
     assert "6 validation pictures" in process.stdout and "tenth" not in process.stdout
     results = coco_eval.read_results(tmp_path / "runs/coco-karpathy-linear/results.json")
     assert sorted(map(int, results)) == [3, 8, 13, 18, 23, 28]
-    process = run("caption.py", *flags[:3], "--bridge", "linear", "--eval", cwd=tmp_path)
+    command = ["--data", "coco", "--bridge", "linear", "--eval"]
+    process = run("caption.py", *command, "--karpathy", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
+    path = tmp_path / "runs/coco-karpathy-linear/best.safetensors"
+    about, tensors = train_gpt2.read_weights(path)
+    holder = types.SimpleNamespace(state_dict=lambda: tensors)
+    train_gpt2.save_weights(path, holder, about | {"pictures": "others"})
+    process = run("caption.py", *command, "--karpathy", cwd=tmp_path)
+    assert_error(process, "trained on other pictures, captions or another split")
 
 
 def test_sampling_pictures(captions_run, shapes, server, tmp_path, precision):
@@ -3206,10 +3220,7 @@ def test_a_bridge_knows_its_parts(captions_run, shapes, whole, tmp_path):
     process = run("caption.py", *flags[:8], "--out", folder / "runs/shapes-cross", "--seed", 1,
                   "--batch", 8, cwd=folder)
     assert_error(process, "other seed (0, not 1)")
-    holder = torch.nn.Module()
-    for name, t in tensors.items():
-        holder.register_buffer(name.replace(".", "_"), t)
-    holder.state_dict = lambda: tensors
+    holder = types.SimpleNamespace(state_dict=lambda: tensors)
     for change, words in (({"lm": "models/mine"}, "--lm models/mine"), ({"bridge": "x"}, "bridge")):
         train_gpt2.save_weights(tmp_path / "b.safetensors", holder, about | {"toy": True} | change)
         (tmp_path / "models").mkdir(exist_ok=True)

@@ -16,9 +16,9 @@ rate that is flat, then falls linearly, and positions that begin as sinusoids (c
 `--preset gpt2` has GPT-3's rates, shortened to 10 B tokens: AdamW, a cosine, random positions.
 
 To read, in an evening: 1 the model, 2 generation, 3 data, 4 the recipe, 5 training; hellaswag.py;
-the toy text in fineweb.py; 6 Muon and sinusoids; before caption.py, 7 packing. After the banner, for another evening: the loss in
-chunks, and how OpenAI's weights are read (from_pretrained). For reference: evaluation, devices and
-processes, the folder of a run, the command line.
+the toy text in fineweb.py; 6 Muon and sinusoids; before caption.py, 7 packing. After the banner,
+for another evening: the loss in chunks, and how OpenAI's weights are read (from_pretrained). For
+reference: evaluation, devices and processes, the folder of a run, the command line.
 
 Letters beside the code: B batch, T time (tokens), C width, nh heads, hs head size, V vocabulary,
 P prefix, N targets of a row. GPT-2: Radford et al. 2019, which tells little of how it was trained;
@@ -33,6 +33,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import shlex
 import signal
 import sys
@@ -955,8 +956,8 @@ def load_model(name):
         if path.is_dir() or path.suffix or str(name).startswith(("runs/", "/", ".")):
             raise UserError(f"{name} has no model", "train first, or name another one")
         repo = f"openai-community/{name}" if name in OPENAI else str(name)
-        fineweb.hub_download(repo, "config.json")  # they lie side by side
-        path = fineweb.hub_download(repo, "model.safetensors")
+        for file in ("config.json", "vocab.json", "model.safetensors"):  # they lie side by side
+            path = fineweb.hub_download(repo, file)
     if path.suffix == ".safetensors":
         about, tensors = read_weights(path)
     else:
@@ -979,7 +980,8 @@ def from_pretrained(path, tensors):
     OpenAI's matrices are (in, out), the transposes of nn.Linear's; names may begin with
     "transformer."; tables that are longer than GPT-2's vocabulary are cut to it.
     """
-    config = json.loads(path.with_name("config.json").read_bytes())
+    with fineweb.reading(path, "a GPT-2 with its config.json", OSError):
+        config = json.loads(path.with_name("config.json").read_bytes())
     for key, values in SUPPORTED.items():
         if config.get(key, values[0]) not in values:
             problem = f"{path.parent}: {key} is {config[key]!r}"
@@ -1353,6 +1355,7 @@ class Run:
     finished: bool = False  # the last evaluation is done
     seconds: float = 0.0  # of training, without evaluation
     rows: list = field(default_factory=list)  # of log.csv; after a checkpoint they are done again
+    epochs: float = 0.0  # how often it goes through its data
     stop: bool = False  # a signal asked for it
 
     def __enter__(self):
@@ -1497,7 +1500,8 @@ class Run:
 def read_checkpoint(path):
     """What Run.save() wrote: tensors, numbers, strings and dicts."""
     what = "a whole checkpoint of this program"
-    with fineweb.reading(path, what, RuntimeError, zipfile.BadZipFile):
+    errors = (RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError)
+    with fineweb.reading(path, what, *errors):
         with zipfile.ZipFile(path) as parts:
             if parts.testzip():  # PyTorch does not look at the checksums
                 raise ValueError("its checksum is wrong")
@@ -1602,12 +1606,14 @@ def open_data(folder, config):
     if folder == Path("data/toy"):
         with first_of_node_first():
             fineweb.make_toy_text(folder)
-    train = sorted(Path(folder).glob("*_train_*.bin"))
-    val = sorted(Path(folder).glob("*_val_*.bin"))
+    train = sorted(Path(folder).glob("*_train_??????.bin"))
+    val = {}
+    for path in sorted(Path(folder).glob("*_val_??????.bin")):
+        val.setdefault(path.stem.rpartition("_val_")[0], []).append(path)
     if not train or not val:
         what = f"{folder} has no shards NAME_train_000001.bin and NAME_val_000000.bin"
         raise UserError(what, "make them with fineweb.py")
-    val_sets = {path.stem.partition("_val_")[0]: TokenDataset([path], config) for path in val}
+    val_sets = {name: TokenDataset(paths, config) for name, paths in val.items()}
     return TokenDataset(train, config), val_sets
 
 
@@ -1628,7 +1634,8 @@ def open_run(out, model, optimizer, recipe, train_set, seed, init):
     }
     run = Run(Path(out), model, optimizer, recipe, identity, about={"config": asdict(model.config)})
     run.epochs = recipe.max_steps * recipe.batch_size / (len(train_set) * train_set.T)
-    run.keep_best = run.epochs >= 2  # where each text is read once, the last weights are the best
+    # where each text is read once, the last weights are the best; older ones must not pass for them
+    run.keep_best = run.epochs >= 2 or (run.out / "best.safetensors").exists()
     run.began_trained = init is not None
     return run
 
@@ -1685,15 +1692,16 @@ def main():
     args = parser.parse_args()
     join_processes()
     name = args.ckpt or f"runs/{args.preset or 'tiny'}"
+    which = "ckpt" if args.ckpt else "preset"
     if args.eval:
-        fineweb.only(parser, args, "--eval", "ckpt preset data limit")
+        fineweb.only(parser, args, "--eval", f"{which} data limit")
         evaluate(name, args.data, args.limit)
     elif args.export_hf:
-        fineweb.only(parser, args, "--export-hf", "ckpt preset")
+        fineweb.only(parser, args, "--export-hf", which)
         export_hf(*load_model(name), args.export_hf)
     elif args.sample is not None:
         sampling = ("temperature", "top_k", "top_p")
-        others = ("ckpt", "preset", "seed", "max_new_tokens", "num")
+        others = (which, "seed", "max_new_tokens", "num")
         fineweb.only(parser, args, "--sample", " ".join(sampling + others))
         model, tokenizer = load_model(name)
         freeze(model, pick_device())
@@ -1709,7 +1717,7 @@ def main():
 
 def start_training(parser, args):
     """train() for the flags; the preset, if not given, is what this machine can train."""
-    shards = Path(args.data or "data/fineweb_edu").glob("*_train_*.bin")
+    shards = Path(args.data or "data/fineweb_edu").glob("*_train_??????.bin")
     preset = args.preset or ("small" if args.data else "tiny")
     if args.init and args.preset:
         parser.error("--init has the shape of its weights: leave --preset out")
