@@ -889,7 +889,8 @@ def comparison(columns):
     yield "|---" * (len(columns) + 1) + "|"
     losses = dict.fromkeys(("nats per caption", "shuffled", "CIDEr", "METEOR"), ".3f")
     facts = [*coco_eval.FACTS, "captions true", "objects, unseen pairs", "objects, shuffled"]
-    rows = {"parameters": ",.0f", "steps": ",.0f"} | losses | dict.fromkeys(facts, ".2f") | {"seconds": ".0f"}
+    counts = dict.fromkeys(("parameters", "steps", "seconds"), ",.0f")
+    rows = counts | losses | dict.fromkeys(facts, ".2f")
     for key, form in rows.items():
         cells = [format(row[key], form) if key in row else "" for row in columns.values()]
         if any(cells):

@@ -1012,8 +1012,8 @@ def test_the_best_weights_are_kept(tmp_path):
                 run.finish()
     about, tensors = train_gpt2.read_weights(tmp_path / "run/best.safetensors")
     assert about["step"] == 2 and tensors["weight"].item() == 1.0
-    run = train_gpt2.open_run(tmp_path / "run", *small_setup(tmp_path, max_steps=1)[:1], None,
-                              *small_setup(tmp_path, max_steps=1)[1:], 0, None)
+    model, recipe, dataset = small_setup(tmp_path, max_steps=1)
+    run = train_gpt2.open_run(tmp_path / "run", model, None, recipe, dataset, 0, None)
     assert run.epochs < 2 and run.keep_best  # older best weights would pass for those of this run
     assert train_gpt2.quality({"cider": 0.7, "val_val": 1.0}) == 0.7  # self-critical training
 
