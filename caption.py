@@ -1018,11 +1018,13 @@ def sample(args):
             "generator": torch.Generator(pick_device()).manual_seed(args.seed),
         }
     cells = []
+    image = None
     for name, image, texts in caption_pictures(captioner, setup, names, args.num or 1, options):
         for text in texts:
             print(f"{name}: {text}", flush=True)
-        cells.append((ImageOps.pad(image, (256, 256), color="white"), texts[0]))
-    if not cells:
+        if args.grid:
+            cells.append((ImageOps.pad(image, (256, 256), color="white"), texts[0]))
+    if image is None:
         raise UserError("none of these pictures can be read", "name others")
     if args.grid and train_gpt2.rank() == 0:
         draw_grid(args.grid, cells)
@@ -1197,7 +1199,7 @@ def choose_setup(args, seed=0, about=None):
     if toy:
         lm, clip = toy_parts(seed)
     else:
-        lm = "runs/gpt2" if train_gpt2.is_finished("runs/gpt2") else "gpt2"
+        lm = "runs/gpt2" if not args.lm and train_gpt2.is_finished("runs/gpt2") else "gpt2"
         clip = CLIP_FOR_GPU if has_gpu else CLIP_FOR_CPU
     usual = {"data": "data/shapes" if toy else "data/coco", "lm": lm, "clip": clip}
     given = {key: getattr(args, key) for key in usual if getattr(args, key)}
@@ -1457,9 +1459,14 @@ def choose_run(args, seed):
     names = choose_setup(args, seed)
     out = run_folder(args, names, args.bridge, args.scst)
     base = run_folder(args, names, args.bridge) if args.scst else None
-    file = (base or out) / "best.safetensors"
+    file = out / "best.safetensors"
+    if base and not file.exists():
+        file = base / "best.safetensors"
     if file.exists():
         about, _ = read_bridge(file)
+        if about["bridge"] != args.bridge or (seed and seed != about["seed"]):
+            problem = f"{file.parent} has a {about['bridge']} bridge, of seed {about['seed']}"
+            raise UserError(problem, "choose another --out")
         names = choose_setup(args, seed, about)
         if args.data and Path(args.data).resolve() != Path(about["data"]).resolve():
             if pictures_digest(names) != about["pictures"]:

@@ -1508,8 +1508,9 @@ def test_checkpoints_that_cannot_be_read(tmp_path):
     torch.save({"model_args": {}, "model": {}}, path)  # nanoGPT's
     for body in (path.read_bytes(), b"PK\x03\x04 torn"):
         path.write_bytes(body)
-        with pytest.raises(UserError, match="ckpt.pt is not a whole checkpoint of this program"):
-            train_gpt2.load_model(path)
+        for read in (train_gpt2.load_model, lambda path: train_gpt2.is_finished(path.parent)):
+            with pytest.raises(UserError, match="ckpt.pt is not a whole checkpoint of this program"):
+                read(path)
 
 
 def test_a_flipped_bit_or_a_torn_checkpoint_is_noticed(tmp_path):
@@ -3217,9 +3218,9 @@ def test_a_bridge_knows_its_parts(captions_run, shapes, whole, tmp_path):
     assert_error(process, "trained with other weights of --lm", str(whole[0]))
     process = run("caption.py", *flags[:2], "--bridge", "cross", "--eval", cwd=folder)
     assert process.returncode == 0 and "METEOR" in process.stdout, process.stderr  # a run, too
-    process = run("caption.py", *flags[:8], "--out", folder / "runs/shapes-cross", "--seed", 1,
-                  "--batch", 8, cwd=folder)
-    assert_error(process, "other seed (0, not 1)")
+    for bridge, more in (("linear", ["--eval"]), ("linear", ["--scst"]), ("cross", ["--seed", 1])):
+        command = [*flags[:6], "--bridge", bridge, "--out", folder / "runs/shapes-cross", *more]
+        assert_error(run("caption.py", *command, cwd=folder), "has a cross bridge, of seed 0")
     holder = types.SimpleNamespace(state_dict=lambda: tensors)
     for change, words in (({"lm": "models/mine"}, "--lm models/mine"), ({"bridge": "x"}, "bridge")):
         train_gpt2.save_weights(tmp_path / "b.safetensors", holder, about | {"toy": True} | change)

@@ -1497,11 +1497,13 @@ class Run:
                 torch.save(content, file)
 
 
+DAMAGE = (RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError)
+
+
 def read_checkpoint(path):
     """What Run.save() wrote: tensors, numbers, strings and dicts."""
     what = "a whole checkpoint of this program"
-    errors = (RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError)
-    with fineweb.reading(path, what, *errors):
+    with fineweb.reading(path, what, *DAMAGE):
         with zipfile.ZipFile(path) as parts:
             if parts.testzip():  # PyTorch does not look at the checksums
                 raise ValueError("its checksum is wrong")
@@ -1515,7 +1517,8 @@ def read_checkpoint(path):
 def is_finished(out):
     """Whether the run in a folder has come to its end; its tensors are not read."""
     path = Path(out, "ckpt.pt")
-    return path.exists() and torch.load(path, "cpu", weights_only=True, mmap=True)["finished"]
+    with fineweb.reading(path, "a whole checkpoint of this program", *DAMAGE):
+        return path.exists() and torch.load(path, "cpu", weights_only=True, mmap=True)["finished"]
 
 
 def save_weights(path, module, about):
@@ -1698,7 +1701,8 @@ def main():
         evaluate(name, args.data, args.limit)
     elif args.export_hf:
         fineweb.only(parser, args, "--export-hf", which)
-        export_hf(*load_model(name), args.export_hf)
+        if rank() == 0:
+            export_hf(*load_model(name), args.export_hf)
     elif args.sample is not None:
         sampling = ("temperature", "top_k", "top_p")
         others = (which, "seed", "max_new_tokens", "num")
