@@ -1509,7 +1509,7 @@ def test_checkpoints_that_cannot_be_read(tmp_path):
     for body in (path.read_bytes(), b"PK\x03\x04 torn"):
         path.write_bytes(body)
         for read in (train_gpt2.load_model, lambda path: train_gpt2.is_finished(path.parent)):
-            with pytest.raises(UserError, match="ckpt.pt is not a whole checkpoint of this program"):
+            with pytest.raises(UserError, match="ckpt.pt is not a whole checkpoint of this prog"):
                 read(path)
 
 
