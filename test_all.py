@@ -3219,12 +3219,12 @@ def test_a_bridge_knows_its_parts(captions_run, shapes, whole, tmp_path):
     process = run("caption.py", *flags[:2], "--bridge", "cross", "--eval", cwd=folder)
     assert process.returncode == 0 and "METEOR" in process.stdout, process.stderr  # a run, too
     for bridge, more in (("linear", ["--eval"]), ("linear", ["--scst"]), ("cross", ["--seed", 1])):
-        command = [*flags[:6], "--bridge", bridge, "--out", folder / "runs/shapes-cross", *more]
-        assert_error(run("caption.py", *command, cwd=folder), "has a cross bridge, of seed 0")
+        out = ["--out", folder / "runs/shapes-cross"]
+        process = run("caption.py", *flags[:6], "--bridge", bridge, *out, *more, cwd=folder)
+        assert_error(process, "has a cross bridge, of seed 0")
     holder = types.SimpleNamespace(state_dict=lambda: tensors)
-    for change, words in (({"lm": "models/mine"}, "--lm models/mine"), ({"bridge": "x"}, "bridge")):
+    for change, words in (({"lm": "runs/mine"}, "--lm runs/mine"), ({"bridge": "x"}, "bridge")):
         train_gpt2.save_weights(tmp_path / "b.safetensors", holder, about | {"toy": True} | change)
-        (tmp_path / "models").mkdir(exist_ok=True)
         assert_error(run("caption.py", *command, cwd=tmp_path), words)  # nothing is trained
     assert not (tmp_path / "runs").exists()
 
