@@ -451,7 +451,7 @@ class PictureSet:
     """Pictures, their vision tokens, and the token ids of their captions."""
 
     pictures: list  # as coco_eval.read_dataset() gives them
-    captions: list  # of each token lists, lower-case, with <|endoftext|> for the full stop
+    captions: list  # for each picture its token lists, which end with <|endoftext|>
     features: np.ndarray  # (all pictures, S, D), float16, on disk
     rows: np.ndarray  # for each picture its row of the features
 

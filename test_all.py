@@ -996,6 +996,21 @@ def test_seconds_are_those_of_training(tmp_path, monkeypatch, capsys):
     assert train_gpt2.is_finished(tmp_path / "run")
 
 
+def test_a_stop_saves_before_anything_is_printed(tmp_path, monkeypatch):
+    """A last step that is lost, because nobody reads the line about it any more."""
+
+    def closed(*args, **options):
+        raise BrokenPipeError
+
+    recipe = Recipe(9, 64, 1, 1e-3, 1)
+    with pytest.raises(BrokenPipeError), small_run(tmp_path / "run", recipe) as run:
+        run.end_step(1e-3, 1.0, 1.0, False)
+        monkeypatch.setattr("builtins.print", closed)
+        run.end_step(1e-3, 1.0, 1.0, True)
+    saved = train_gpt2.read_checkpoint(tmp_path / "run/ckpt.pt")
+    assert saved["step"] == saved["rows"][-1]["step"] == 2
+
+
 def test_the_best_weights_are_kept(tmp_path):
     """The last weights of a run whose validation loss has turned up again; a resumed best."""
     for _ in range(2):

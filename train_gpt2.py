@@ -1637,7 +1637,8 @@ def open_run(out, model, optimizer, recipe, train_set, seed, init):
     }
     run = Run(Path(out), model, optimizer, recipe, identity, about={"config": asdict(model.config)})
     run.epochs = recipe.max_steps * recipe.batch_size / (len(train_set) * train_set.T)
-    # where each text is read once, the last weights are the best; older ones must not pass for them
+    # where each text is read once, the last weights are the best, and a write of half a gigabyte
+    # (the 124M; est. 1 s) is saved at each evaluation; but older ones must not pass for them
     run.keep_best = run.epochs >= 2 or (run.out / "best.safetensors").exists()
     run.began_trained = init is not None
     return run
