@@ -982,8 +982,8 @@ def find_pictures(names):
         files = [path]
         if path.is_dir():
             inside = [file for file in sorted(path.rglob("*")) if file.is_file()]
-            hidden = [file for file in inside if "/." in f"/{file.relative_to(path).as_posix()}"]
-            inside = [file for file in inside if file not in hidden]
+            # hidden ones are left out, and those in hidden folders
+            inside = [f for f in inside if "/." not in f"/{f.relative_to(path).as_posix()}"]
             files = [file for file in inside if file.suffix.lower() in kinds]
             print(f"{name}: {len(files)} pictures, {len(inside) - len(files)} other files")
         found += files
