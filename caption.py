@@ -787,7 +787,8 @@ def evaluate(out, setup, beam=None):
     """
     out = Path(out)
     captioner = load_captioner(out / "best.safetensors", setup)
-    if read_bridge(out / "best.safetensors")[0]["pictures"] != pictures_digest(setup):
+    about, _ = read_bridge(out / "best.safetensors")
+    if about["digest of pictures or captions"] != pictures_digest(setup):
         problem = f"{out} was trained on other pictures, captions or another split"
         raise UserError(problem, "name its own with --data, or choose another --out")
     val_set = load_pictures(setup, "test" if setup.karpathy else "val")
@@ -973,20 +974,20 @@ def find_pictures(names):
     kinds = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found = []
     for name in names:
+        path = Path(name)
         if name.startswith(("https://", "http://")):
             found.append(name)
-            continue
-        path = Path(name)
-        if not path.exists():
-            raise UserError(f"{name} is not there", "check the path")
-        files = [path]
-        if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        elif path.is_dir():
+            files = [file for file in sorted(path.rglob("*")) if file.is_file()]
             # hidden ones are left out, and those in hidden folders
-            inside = [f for f in inside if "/." not in f"/{f.relative_to(path).as_posix()}"]
-            files = [file for file in inside if file.suffix.lower() in kinds]
-            print(f"{name}: {len(files)} pictures, {len(inside) - len(files)} other files")
-        found += files
+            files = [f for f in files if "/." not in f"/{f.relative_to(path).as_posix()}"]
+            pictures = [file for file in files if file.suffix.lower() in kinds]
+            print(f"{name}: {len(pictures)} pictures, {len(files) - len(pictures)} other files")
+            found += pictures
+        elif path.exists():
+            found.append(path)
+        else:
+            raise UserError(f"{name} is not there", "check the path")
     if not found:
         raise UserError(f"{names[0]} has no pictures that Pillow can open", "name another folder")
     return found
@@ -1084,9 +1085,8 @@ def read_bridge(path):
 def load_captioner(path, setup):
     """The Captioner of a bridge's file; UserError if its decoder or CLIP were others."""
     about, tensors = read_bridge(path)
-    here = {"lm": setup.lm_digest, "clip": setup.encoder.digest}
-    for flag, digest in here.items():
-        if about[f"{flag}_digest"] != digest:
+    for flag, digest in (("lm", setup.lm_digest), ("clip", setup.encoder.digest)):
+        if about[f"digest of weights of --{flag}"] != digest:
             problem = f"{path} was trained with other weights of --{flag} (from {about[flag]})"
             raise UserError(problem, "name those, or train a bridge in another --out")
     captioner = build(about["bridge"], about["S"], about["D"], setup.decoder)
@@ -1414,27 +1414,21 @@ def open_run(name, setup, out, bridge, train_set, recipe, base=None):
         "seed": setup.seed,
         "data": str(setup.data),
         "karpathy": setup.karpathy,
-        "pictures": pictures_digest(setup),
         "lm": setup.lm,
-        "lm_digest": setup.lm_digest,
         "clip": setup.clip,
-        "clip_digest": setup.encoder.digest,
-    }
-    identity = {  # what must stay the same when it is continued
-        "bridge": name,
-        "seed": setup.seed,
-        "pictures": len(train_set),
-        "batch size": recipe.batch_size,
-        "optimizer": "Muon" if recipe.muon else "AdamW",
-        "digest of pictures or captions": about["pictures"],
+        "digest of pictures or captions": pictures_digest(setup),
         "digest of weights of --lm": setup.lm_digest,
         "digest of weights of --clip": setup.encoder.digest,
-        "digest of first weights": train_gpt2.fingerprint(bridge) if base else "",
     }
     optimizer = train_gpt2.configure_optimizer(bridge, recipe)
-    run = Run(Path(out), bridge, optimizer, recipe, identity, about, unit="pictures")
-    run.began_trained = base is not None
-    return run
+    identity = {  # what must stay the same when it is continued
+        **{key: about[key] for key in about if key in ("bridge", "seed") or "digest" in key},
+        "pictures": len(train_set),
+        "batch size": recipe.batch_size,
+        "optimizer": type(optimizer).__name__,
+        "digest of first weights": train_gpt2.fingerprint(bridge) if base else "",
+    }
+    return Run(Path(out), bridge, optimizer, recipe, identity, about, unit="pictures")
 
 
 def pictures_digest(setup):
@@ -1469,7 +1463,7 @@ def choose_run(args, seed):
             raise UserError(problem, "choose another --out")
         names = choose_setup(args, seed, about)
         if args.data and Path(args.data).resolve() != Path(about["data"]).resolve():
-            if pictures_digest(names) != about["pictures"]:
+            if pictures_digest(names) != about["digest of pictures or captions"]:
                 problem = f"{file.parent} was trained on {about['data']}, not on {args.data}"
                 raise UserError(problem, "choose another --out")
     return out, names, base

@@ -722,10 +722,8 @@ PLACE = regex.compile(
     rf"the (?P<thing>{THING}) is at the (?P<place>\w+ \w+)"
     rf"|at the (?P<place>\w+ \w+) there is a (?P<thing>{THING})"
 )
-SIDE = "(?P<side>left|right|above|below)"
 RELATION = regex.compile(
-    rf"a (?P<b>{THING}) with a (?P<a>{THING}) (?:to its )?{SIDE}"
-    rf"|a (?P<a>{THING}) is (?:to the )?{SIDE}(?: of)? a (?P<b>{THING})"
+    rf"a (?P<b>{THING}) with a (?P<a>{THING}) (?:to its )?(?P<side>left|right|above|below)"
 )
 
 

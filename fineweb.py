@@ -54,22 +54,14 @@ def get_tokenizer(n_vocab):
         533rd merge     " then"                          one token
 
     The toy's has the bytes, two tokens for each word of the toy scenes (with a leading space and
-    without, as in GPT-2) and <|endoftext|>, which has the largest id in both. Raises UserError for
-    another number.
+    without, as in GPT-2) and <|endoftext|>, which has the largest id in both.
     """
     if n_vocab == 50257:
         return tiktoken.get_encoding("gpt2")
-    pieces = [bytes([byte]) for byte in range(256)]
-    for word in [*SCENE_WORDS, "."]:
-        pieces += [piece.encode() for piece in (word, f" {word}") if len(piece) > 1]
-    if n_vocab != len(pieces) + 1:
-        what_to_do = f"GPT-2's has 50,257, the toy's {len(pieces) + 1}"
-        raise UserError(f"there is no tokenizer of {n_vocab:,} tokens", what_to_do)
-    ranks = {piece: rank for rank, piece in enumerate(pieces)}
-    # as GPT-2's, it splits the text into words first, and never merges across them
-    pattern = r" ?[A-Za-z]+(?:-[A-Za-z]+)?| ?\.|[\s\S]"
-    special = {EOT: len(pieces)}
-    return tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    if n_vocab == TOY_VOCAB:
+        return make_toy_tokenizer()
+    problem = f"there is no tokenizer of {n_vocab:,} tokens"
+    raise UserError(problem, f"GPT-2's has 50,257, the toy's {TOY_VOCAB}")
 
 
 def encode_document(text, tokenizer):
@@ -199,20 +191,20 @@ def captions(scene, rng):
         rng.choice((f"there are {number} objects", f"{number} objects in a picture")),
         rng.choice((f"a picture of a {a} and a {b}", f"a {a} and a {b} can be seen")),
         rng.choice((f"the {name} is at the {where}", f"at the {where} there is a {name}")),
-        relation_captions(scene, rng)[0],
+        relation_caption(scene, rng),
         f"{', '.join(things[:-1])} and {things[-1]}",
     ]
 
 
-def relation_captions(scene, rng):
-    """Two wordings of one random relation; captions use the first, which is easier to learn."""
+def relation_caption(scene, rng):
+    """Where one object lies as seen from another: "a blue square with a red circle above it"."""
     a, b = rng.sample(scene["objects"], 2)
     relation = rng.choice(relations(a, b))
     a = object_name(a)
     b = object_name(b)
     if relation in ("left", "right"):
-        return f"a {b} with a {a} to its {relation}", f"a {a} is to the {relation} of a {b}"
-    return f"a {b} with a {a} {relation} it", f"a {a} is {relation} a {b}"
+        return f"a {b} with a {a} to its {relation}"
+    return f"a {b} with a {a} {relation} it"
 
 
 def scene_map(scene):
@@ -238,7 +230,7 @@ def scene_document(scene, rng):
     if rng.random() < 0.8:
         told = [f"{object_name(thing)} {place(thing)} {thing['size']}" for thing in (a, b)]
         lines.append(", ".join([*told, " ".join(relations(b, a))]))
-    more = [rng.choice(relation_captions(scene, rng)) for _ in range(3)]
+    more = [relation_caption(scene, rng) for _ in range(3)]
     lines += rng.sample(captions(scene, rng) + more, rng.choice((1, 5, 5, 5)))
     return "\n".join(lines)
 
@@ -273,16 +265,28 @@ def scene_blocks(number, tokenizer, seed):
 #     the two objects in the order of the map       it walks along the map, it looks nothing up
 #     the two objects without their sizes           sizes .7 with one seed in three
 #     captions that name the size first             a third of the sizes wrong
-#     relations in captions only, three or six      some seeds know left and right only
-
-MAP_WORDS = [f"{color}-{shape}" for color, shape in itertools.product(COLORS, SHAPES)]
-OTHER_WORDS = """top bottom left right above below there are is objects in a picture of and can be
-    seen the at with to its it""".split()
-SCENE_WORDS = {*COLORS, *SHAPES, *SIZES, *NUMBERS.values(), *MAP_WORDS, *OTHER_WORDS}
-SCENE_WORDS = sorted(SCENE_WORDS | {word.upper() for word in MAP_WORDS})
+#     relations in two wordings ("is above a")      some seeds know left and right only
 
 TOY_VOCAB = 431
 TOY_SCENE_BLOCKS = 35_400  # 85 % of the text; the rest is English
+
+
+def make_toy_tokenizer():
+    """The toy's tokenizer: as GPT-2's, it splits a text into words, and never merges across them.
+
+    "there" is a word of the scenes, so " there" and "there" are tokens; "then" is five bytes.
+    """
+    on_map = [f"{color}-{shape}" for color, shape in itertools.product(COLORS, SHAPES)]
+    others = """top bottom left right above below there are is objects in a picture of and can be
+        seen the at with to its it""".split()
+    words = {*COLORS, *SHAPES, *SIZES, *NUMBERS.values(), *on_map, *map(str.upper, on_map), *others}
+    pieces = [bytes([byte]) for byte in range(256)]
+    for word in [*sorted(words), "."]:
+        pieces += [piece.encode() for piece in (word, f" {word}") if len(piece) > 1]
+    ranks = {piece: rank for rank, piece in enumerate(pieces)}
+    pattern = r" ?[A-Za-z]+(?:-[A-Za-z]+)?| ?\.|[\s\S]"
+    special = {EOT: len(pieces)}
+    return tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 def make_toy_text(folder):

@@ -12,6 +12,7 @@ Chapters in the order of the files: fineweb.py, hellaswag.py, train_gpt2.py, coc
 caption.py. The first line of a test says what would be broken.
 """
 import contextlib
+import copy
 import csv
 import dataclasses
 import functools
@@ -192,7 +193,7 @@ def test_scene_documents_are_true_and_tell_sizes():
     pairs = 0
     for _ in range(300):
         scene = fineweb.random_scene(rng)
-        told = {f"{fineweb.object_name(thing)} {fineweb.place(thing)} {thing['size']}"
+        told = {f"{fineweb.object_name(thing)} {fineweb.place(thing)} {thing['size']}": thing
                 for thing in scene["objects"]}
         first, *lines = fineweb.scene_document(scene, rng).split("\n")
         assert first == fineweb.scene_map(scene)
@@ -200,16 +201,16 @@ def test_scene_documents_are_true_and_tell_sizes():
         for line in lines:
             assert False not in coco_eval.facts(line, scene).values()
             *pair, sides = line.split(", ")
-            if set(pair) <= told and len(pair) == 2:
-                a, b = ([t for t in scene["objects"] if text.startswith(fineweb.object_name(t))][0]
-                        for text in pair)
-                assert sides.split() == fineweb.relations(b, a) and a != b
+            if len(pair) == 2 and set(pair) <= set(told):
+                a, b = map(told.get, pair)
+                assert sides.split() == fineweb.relations(b, a)
                 pairs += 1
     assert 40 < numbers < 130 and 210 < pairs < 270
 
 
 def test_shards_keep_their_tokens(tmp_path):
-    """Shards that llm.c would not read, that lose tokens, or pass for another tokenizer's."""
+    """Shards that llm.c would not read, lose tokens, are damaged, or pass for another tokenizer's.
+    """
     tokens = np.random.default_rng(0).integers(0, 65536, 1000).astype(np.uint16)
     path = tmp_path / "x_train_000001.bin"
     fineweb.write_shard(path, tokens, 431)
@@ -221,31 +222,10 @@ def test_shards_keep_their_tokens(tmp_path):
         fineweb.read_shard(path, 50257)
     path.write_bytes(raw[:12] + bytes(4) + raw[16:])  # shards of others say nothing: GPT-2's
     assert (fineweb.read_shard(path, 50257) == tokens).all()
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [lambda raw: raw[:-2], lambda raw: raw + b"xx", lambda raw: b"\0" + raw[1:],
-     lambda raw: raw[:100], lambda raw: b""])
-def test_damaged_shards_are_refused(tmp_path, damage):
-    """A shard that is cut, too long or of another kind and is read all the same."""
-    path = tmp_path / "a.bin"
-    fineweb.write_shard(path, np.arange(50), 431)
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match="a.bin"):
-        fineweb.read_shard(path, 431)
-
-
-def test_a_shard_may_have_more_than_a_billion_tokens(tmp_path):
-    """The size of a shard of 2^30 tokens and more, computed in int32."""
-    count = 2**30 + 5
-    path = tmp_path / "big.bin"
-    header = np.zeros(256, "<i4")
-    header[:3] = (20240520, 1, count)
-    path.write_bytes(header.tobytes())
-    with open(path, "r+b") as file:
-        file.truncate(1024 + 2 * count)  # a hole: it takes no disk
-    assert len(fineweb.read_shard(path, 50257)) == count
+    for damaged in (raw[:-2], raw + b"xx", b"\0" + raw[1:], raw[:100], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="x_train_000001.bin"):
+            fineweb.read_shard(path, 431)
 
 
 def test_scenes_say_what_is_true():
@@ -257,7 +237,7 @@ def test_scenes_say_what_is_true():
         other = fineweb.random_scene(rng)
         captions = fineweb.captions(scene, rng)
         assert len(set(captions)) == 5
-        for text in [*captions, *fineweb.relation_captions(scene, rng)]:
+        for text in captions:
             stated = coco_eval.facts(text, scene)
             assert False not in stated.values(), (text, scene)
             seen |= set(stated.items()) | set(coco_eval.facts(text, other).items())
@@ -268,22 +248,15 @@ def test_scenes_say_what_is_true():
             assert fineweb.has_unseen_pair(objects) == unseen
 
 
-SCENE = {
-    "objects": [
-        {"color": "red", "shape": "circle", "size": "small", "row": 0, "col": 1},
-        {"color": "blue", "shape": "square", "size": "large", "row": 0, "col": 3},
-    ]
-}
+SCENE = {"objects": [{"color": "red", "shape": "circle", "size": "small", "row": 0, "col": 1},
+                     {"color": "blue", "shape": "square", "size": "large", "row": 0, "col": 3}]}
 
 
 @pytest.mark.parametrize(
     "caption, stated",
     [
         ("there are two objects", {"count": True}),
-        ("four objects in a picture", {"count": False}),
         ("a picture of a red circle and a blue square", {"objects": True}),
-        ("a picture of a red square and a blue square", {"objects": False}),
-        ("the red circle is small and the blue square is large", {"objects": True}),
         ("the red circle is large and the blue square is large", {"objects": False}),
         ("a red circle with a blue square below it", {"objects": True, "relation": False}),
         ("the red circle is at the top left", {"objects": True, "place": True}),
@@ -291,8 +264,6 @@ SCENE = {
         ("the pink circle is at the top left", {"objects": False, "place": False}),
         ("a blue square with a red circle to its left", {"objects": True, "relation": True}),
         ("a blue square with a red circle to its right", {"objects": True, "relation": False}),
-        ("a red circle is to the left of a blue square", {"objects": True, "relation": True}),
-        ("a red circle is above a blue square", {"objects": True, "relation": False}),
         ("the weather is fine", {}),
     ],
 )
@@ -377,17 +348,8 @@ def test_fineweb_shards_come_from_the_hub(server, tmp_path):
     asked = len(server.ranges)
     assert run(*command, env=env).returncode == 0 and len(server.ranges) == asked
     process = run("fineweb.py", "--tokens", "300M", "--out", tmp_path / "edu", env=env)
+    assert process.returncode == 1
     assert "finewebedu_train_000003.bin cannot be downloaded" in process.stderr.splitlines()[-1]
-
-
-def test_no_network_is_one_line(tmp_path, monkeypatch):
-    """A traceback where there is no network: of the hub's client, and of requests."""
-    env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home")}
-    process = run("fineweb.py", "--tokens", "1M", "--out", tmp_path / "x", env=env)
-    last = process.stderr.splitlines()[-1]
-    assert process.returncode == 1 and "finewebedu_val_000000.bin cannot be downloaded" in last
-    monkeypatch.setattr(hellaswag, "URL", "http://127.0.0.1:9/hellaswag_val.jsonl")
-    assert_error(run("hellaswag.py", cwd=tmp_path), "127.0.0.1")
 
 
 @pytest.mark.parametrize("error, words", [
@@ -471,15 +433,6 @@ def test_unreadable_text_is_refused(name, content, words, tmp_path):
         list(fineweb.read_documents([tmp_path / name]))
 
 
-def test_documents_are_read_as_they_are(tmp_path):
-    """A blank line that becomes a document, or spaces and line ends that are lost."""
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\n\n  \n{"text": ""}\n{"text": " y "}')
-    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\n")
-    (tmp_path / "c.txt").write_bytes(b"")
-    paths = [tmp_path / name for name in ("a.jsonl", "b.txt", "c.txt")]
-    assert list(fineweb.read_documents(paths)) == ["x", " y ", "one\r\ntwo\n"]
-
-
 @pytest.mark.parametrize("script, args, words", [
     ("fineweb.py", ["--tokens", "11B"], ["11B"]),
     ("fineweb.py", ["--text", "a.txt", "--tokens", "1B"], ["--tokens", "--text"]),
@@ -499,8 +452,13 @@ def test_flags_that_do_nothing_are_refused(script, args, words, tmp_path):
     assert_error(run(script, *args, cwd=tmp_path), *words)
 
 
-def test_documents_come_in_order():
-    """Threads that mix up documents, or lose some of a batch."""
+def test_documents_are_read_as_they_are_and_in_order(tmp_path):
+    """A blank line that becomes a document, line ends that are lost, threads that mix up texts."""
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\n\n  \n{"text": ""}\n{"text": " y "}')
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\n")
+    (tmp_path / "c.txt").write_bytes(b"")
+    paths = [tmp_path / name for name in ("a.jsonl", "b.txt", "c.txt")]
+    assert list(fineweb.read_documents(paths)) == ["x", " y ", "one\r\ntwo\n"]
     tokenizer = fineweb.get_tokenizer(431)
     texts = [f"{i} " * (i * 7919 % 50) for i in range(2_500)]
     encoded = fineweb.encode_all(iter(texts), tokenizer)
@@ -571,39 +529,24 @@ def plain_clean(text):
     return text.replace("  ", " ")
 
 
-def test_spaces_after_a_context_go_to_the_endings():
-    """The harness moves spaces at the end of a context to the endings before it tokenizes."""
-    tokenizer = fineweb.get_tokenizer(431)
-    example = {**made_items(1)[0], "ctx_a": "a b", "ctx_b": "[header]", "endings": ["x"] * 4}
-    item = hellaswag.render(example, tokenizer, "harness")
-    assert tokenizer.decode(item.context) == "Shapes: a b"
-    assert tokenizer.decode(item.endings[0]) == "  x"
-
-
 # -----------------------------------------------------------------------------
 # train_gpt2.py: the model
 
 
-@pytest.mark.parametrize("preset, V, count", [
-    ("gpt2", 50257, 124_439_808), ("gpt2-medium", 50257, 354_823_168),
-    ("gpt2-large", 50257, 774_030_080), ("gpt2-xl", 50257, 1_557_611_200)])
-def test_number_of_parameters(preset, V, count):
-    """A preset that is not the GPT-2 whose name it has."""
-    c = train_gpt2.PRESETS[preset]
-    with torch.device("meta"):
-        model = GPT(c)
-    unused = (len(model.wte.weight) - V) * c.n_embd
-    assert c.vocab_size == V and sum(p.numel() for p in model.parameters()) == count + unused
-
-
-def test_initialization_is_gpt2s():
-    """Weights that begin at another scale: residual projections at 1 / sqrt(2 * layers)."""
-    model = small_model(config=GPTConfig(64, 512, 4, 4, 128))
-    for name, p in model.named_parameters():
-        if "ln_" in name:
-            assert (p == (1 if name.endswith("weight") else 0)).all()
-        elif name.endswith("bias"):
-            assert not p.any()
+def test_presets_have_gpt2s_parameters_and_their_first_scale():
+    """A preset that is not the GPT-2 whose name it has; residual projections at another scale."""
+    counts = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080,
+              "gpt2-xl": 1_557_611_200}
+    for preset, count in counts.items():
+        c = train_gpt2.PRESETS[preset]
+        with torch.device("meta"):
+            model = GPT(c)
+        unused = (len(model.wte.weight) - 50257) * c.n_embd
+        assert c.vocab_size == 50257
+        assert sum(p.numel() for p in model.parameters()) == count + unused
+    for name, p in small_model(config=GPTConfig(64, 512, 4, 4, 128)).named_parameters():
+        if name.endswith("bias") or "ln_" in name:
+            assert (p == float("ln_" in name and name.endswith("weight"))).all()
         else:
             expected = 0.02 / math.sqrt(8) if "c_proj" in name else 0.02
             assert p.std().item() == pytest.approx(expected, rel=0.05), name
@@ -827,17 +770,15 @@ def test_ranks_divide_an_epoch_among_them(size, tmp_path, monkeypatch):
 
 
 def test_batches_that_cannot_be_divided_are_refused(monkeypatch):
-    """A step that is silently larger or smaller than --batch-tokens."""
+    """A step that is silently larger or smaller than --batch-tokens; a flag of 0 that is lost."""
     monkeypatch.setattr(train_gpt2, "world_size", lambda: 4)
     recipe = train_gpt2.RECIPES["tiny"]
     for batch in (64, 1000):
-        flags = {"batch_size": batch}
         with pytest.raises(UserError, match=f"{batch:,} cannot .* a multiple of 64, at least 256"):
-            train_gpt2.check_batch_size(train_gpt2.with_flags(recipe, flags), 64)
+            train_gpt2.check_batch_size(dataclasses.replace(recipe, batch_size=batch), 64)
     chosen = train_gpt2.with_flags(recipe, {"batch_size": 16 * 64, "lr": 0.0, "max_steps": 50})
-    assert (chosen.batch_size, chosen.lr, chosen.warmup_steps) == (1024, 0.0, 5)  # 0 is a number
+    assert (chosen.batch_size, chosen.lr, chosen.warmup_steps) == (1024, 0.0, 5)
     train_gpt2.check_batch_size(chosen, 64)
-    train_gpt2.configure_optimizer(small_model(), chosen)
 
 
 def test_shards_are_found_and_told_apart(tmp_path):
@@ -887,36 +828,17 @@ def test_the_next_steps_are_prepared_ahead():
 # train_gpt2.py: the recipe and training
 
 
-def test_schedule_is_warm_up_then_cosine():
-    """GPT-3's recipe, which the preset gpt2 is to the letter."""
+def test_schedules():
+    """GPT-3's recipe, which the preset gpt2 is to the letter; a rate that falls too early."""
     recipe = train_gpt2.RECIPES["gpt2"]
     assert (recipe.max_steps, recipe.batch_size, recipe.warmup_steps) == (19_073, 524_288, 715)
     assert (recipe.weight_decay, recipe.grad_clip, recipe.lr) == (0.1, 1.0, 6e-4)
-    expected = {0: 6e-4 / 715, 714: 6e-4, 715: 6e-4, (715 + 19_073) // 2: 3.3e-4, 19_072: 6e-5}
-    for step, lr in expected.items():
-        assert train_gpt2.get_lr(step, recipe) == pytest.approx(lr, rel=1e-3)
-
-
-def test_a_schedule_with_a_cooldown_is_flat_then_linear():
-    """gpt2-fast: a rate that falls too early, or does not reach zero."""
-    recipe = dataclasses.replace(train_gpt2.RECIPES["gpt2-fast"], max_steps=1000, cooldown=0.25)
-    expected = {0: 1.8e-3 / 250, 249: 1.8e-3, 749: 1.8e-3, 875: 0.9e-3, 999: 1.8e-3 / 250}
-    for step, lr in expected.items():
-        assert train_gpt2.get_lr(step, recipe) == pytest.approx(lr, rel=1e-3)
-
-
-def test_weight_decay_is_on_matrices_only():
-    """Biases and LayerNorms that decay, or matrices that do not."""
-    model = small_model()
-    optimizer = train_gpt2.configure_optimizer(model, train_gpt2.RECIPES["gpt2"])
-    decayed = []
-    for group in optimizer.param_groups:
-        assert group["betas"] == (0.9, 0.95) and group["weight_decay"] in (0.0, 0.1)
-        decayed += group["params"] if group["weight_decay"] else []
-    names = {name for name, p in model.named_parameters() if any(p is other for other in decayed)}
-    matrices = {name for name, p in model.named_parameters() if p.dim() == 2}
-    assert names == matrices and sum(len(g["params"]) for g in optimizer.param_groups) == len(
-        list(model.parameters()))
+    cosine = {0: 6e-4 / 715, 714: 6e-4, 715: 6e-4, (715 + 19_073) // 2: 3.3e-4, 19_072: 6e-5}
+    fast = dataclasses.replace(train_gpt2.RECIPES["gpt2-fast"], max_steps=1000, cooldown=0.25)
+    linear = {0: 1.8e-3 / 250, 249: 1.8e-3, 749: 1.8e-3, 875: 0.9e-3, 999: 1.8e-3 / 250}
+    for each, expected in ((recipe, cosine), (fast, linear)):
+        for step, lr in expected.items():
+            assert train_gpt2.get_lr(step, each) == pytest.approx(lr, rel=1e-3)
 
 
 def small_setup(tmp_path, **changes):
@@ -1029,7 +951,7 @@ def test_the_best_weights_are_kept(tmp_path):
     assert about["step"] == 2 and tensors["weight"].item() == 1.0
     model, recipe, dataset = small_setup(tmp_path, max_steps=1)
     run = train_gpt2.open_run(tmp_path / "run", model, None, recipe, dataset, 0, None)
-    assert run.epochs < 2 and run.keep_best  # older best weights would pass for those of this run
+    assert run.keep_best  # older best weights would pass for those of this run
     assert train_gpt2.quality({"cider": 0.7, "val_val": 1.0}) == 0.7  # self-critical training
 
 
@@ -1054,21 +976,16 @@ def test_rates_of_a_resumed_run_are_those_of_its_recipe(tmp_path):
         pass
 
 
-def test_orthogonalized_matrices_have_singular_values_near_one():
-    """Newton-Schulz steps: directions that change, or singular values far from 1."""
+def test_muon_is_its_formula(fp32):
+    """Singular values far from 1; momentum, decay, scale; q, k and v apart; AdamW for the rest."""
     torch.manual_seed(0)
     for shape in ((3, 32, 32), (2, 32, 128), (2, 128, 32)):
         G = torch.randn(shape)
-        U, S, Vh = torch.linalg.svd(train_gpt2.orthogonalize(G), full_matrices=False)
+        U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+        update = train_gpt2.orthogonalize(G)
+        S = torch.linalg.svdvals(update)
         assert S.min() > 0.3 and S.max() < 1.3
-        exact_U, _, exact_Vh = torch.linalg.svd(G, full_matrices=False)
-        nearest = exact_U @ exact_Vh
-        cosine = F.cosine_similarity(train_gpt2.orthogonalize(G).flatten(1), nearest.flatten(1))
-        assert cosine.min() > 0.95
-
-
-def test_muon_is_its_formula(fp32):
-    """Muon's momentum, decay and scale; q, k and v apart; AdamW for everything else."""
+        assert F.cosine_similarity(update.flatten(1), (U @ Vh).flatten(1)).min() > 0.95
     recipe = Recipe(10, 64, 1, lr=1e-2, warmup_steps=0, muon=5, weight_decay=0.1)
     model = small_model()
     twin = small_model()
@@ -1173,30 +1090,13 @@ def test_endings_have_the_losses_of_one_at_a_time():
     assert_losses_are_plain_ones(model, items)
 
 
-def test_endings_have_their_losses_compiled_too(monkeypatch):
-    """HellaSwag in training on a GPU: other losses, or a compilation for each shape."""
-    tokenizer = fineweb.get_tokenizer(431)
-    config = GPTConfig(40, 431, 2, 2, 32, init_std=0.3)
-    model = small_model(config=config).train()
-    items = [hellaswag.render(example, tokenizer) for example in made_items(150)]
-    shapes = []
-
-    def compiled(function):
-        function = torch.compile(function, backend="aot_eager")
-        return lambda x, mask: shapes.append(x.shape) or function(x, mask)
-
-    monkeypatch.setattr(train_gpt2, "compiled", compiled)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    assert_losses_are_plain_ones(model, items)
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert 0 < graphs < len(set(shapes)) / 2
-
-
 def test_accuracies_are_those_of_the_losses(capsys, precision):
-    """Both HellaSwag metrics: what they divide by."""
+    """Both HellaSwag metrics: what they divide by, and spaces that the harness moves to endings."""
     tokenizer = fineweb.get_tokenizer(431)
     examples = made_items(40)
+    spaces = {**examples[0], "ctx_a": "a b", "ctx_b": "[header]", "endings": ["x"] * 4}
+    item = hellaswag.render(spaces, tokenizer, "harness")
+    assert tokenizer.decode(item.endings[0]) == "  x"
     model = small_model(config=GPTConfig(64, 431, 2, 2, 32, init_std=0.3))
     for method in ("token mean", "harness"):
         right = {"acc": 0, "acc_norm": 0}
@@ -1333,8 +1233,6 @@ def test_export_gives_transformers_the_same_logits(tmp_path):
 @pytest.mark.parametrize("change, words", [
     ({"activation_function": "relu"}, "activation_function is 'relu'"),
     ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"),
-    ({"scale_attn_weights": False}, "scale_attn_weights"),
-    ({"scale_attn_by_inverse_layer_idx": True}, "inverse_layer"),
     ({"model_type": "gpt_neo"}, "model_type"), ({"lm_head": 1}, "its head is not its token table"),
     ({"rows": 300}, "no tokenizer of 300 tokens"), ({"torn": 1}, "not a file of weights")])
 def test_a_gpt2_that_is_not_gpt2_is_refused(change, words, tmp_path):
@@ -1450,10 +1348,11 @@ def test_a_run_says_what_it_does_and_leaves_its_folder(whole):
                   "scenes", "bits per byte", "tokens/s", "left", "ckpt.pt, step 40", "--sample"):
         assert words in output
     rows = read_log(folder / "run/log.csv")
-    assert [row["step"] for row in rows] == [1, 10, 20, 30, 40]
-    assert all("val_scenes" in row and "val_english" in row for row in rows[1:])
-    assert rows[-1]["loss"] < 3 < rows[0]["loss"]
-    assert rows[-1]["tokens_per_second"] > 0 and rows[-1]["seconds"] > rows[0]["seconds"]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 20, 40]
+    evaluated = [row for row in rows if "val_scenes" in row and "val_english" in row]
+    assert [row["step"] for row in evaluated] == [0, 10, 20, 30, 40]
+    assert rows[-1]["loss"] < 3 < rows[1]["loss"]
+    assert rows[-1]["tokens_per_second"] > 0 and rows[-1]["seconds"] > rows[1]["seconds"]
 
 
 @pytest.mark.parametrize("after, number", [
@@ -1495,16 +1394,14 @@ def test_a_finished_run_is_used_and_refuses_what_it_is_not(tiny, whole, tmp_path
     assert_error(train(folder / "other", folder), "run was trained with other data")
 
 
-def test_a_run_in_use_is_refused_before_its_checkpoint_is_read(tiny, tmp_path):
-    """Two commands that write one checkpoint; one that reads it while the other still saves."""
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/ckpt.pt").write_bytes(b"half of it")
-    with filelock.FileLock(tmp_path / "run/.lock"):
-        assert_error(train(tiny, tmp_path), "run/.lock", "could not be acquired")
-
-
-def test_a_run_that_has_not_begun_is_not_compared(tiny, tmp_path):
-    """A first batch that did not fit into memory, after which another one is refused."""
+def test_a_run_that_is_in_use_or_has_not_begun(tiny, tmp_path):
+    """Two commands in one folder, one of which reads what the other still writes; a first batch
+    that did not fit into memory, after which another one is refused."""
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/ckpt.pt").write_bytes(b"half of it")
+    with filelock.FileLock(tmp_path / "used/.lock"):
+        process = train(tiny, tmp_path, "--out", "used")
+        assert_error(process, "used/.lock", "could not be acquired")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt2, "train_step", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -1516,7 +1413,7 @@ def test_a_run_that_has_not_begun_is_not_compared(tiny, tmp_path):
 
 
 def test_checkpoints_that_cannot_be_read(tmp_path):
-    """Damaged or foreign checkpoints: a traceback that does not name the file."""
+    """Damaged or foreign checkpoints: no line that names the file; bits that PyTorch reads over."""
     path = tmp_path / "ckpt.pt"
     with pytest.raises(UserError, match="has no model: train first"):
         train_gpt2.load_model(path)
@@ -1526,11 +1423,6 @@ def test_checkpoints_that_cannot_be_read(tmp_path):
         for read in (train_gpt2.load_model, lambda path: train_gpt2.is_finished(path.parent)):
             with pytest.raises(UserError, match="ckpt.pt is not a whole checkpoint of this prog"):
                 read(path)
-
-
-def test_a_flipped_bit_or_a_torn_checkpoint_is_noticed(tmp_path):
-    """Damage that PyTorch reads over."""
-    path = tmp_path / "ckpt.pt"
     rng = random.Random(0)
     torch.save({"about": {"step": 1}, "x": torch.arange(500.0)}, path)
     intact = path.read_bytes()
@@ -1543,30 +1435,17 @@ def test_a_flipped_bit_or_a_torn_checkpoint_is_noticed(tmp_path):
             assert torch.equal(train_gpt2.read_checkpoint(path)["x"], torch.arange(500.0))
 
 
-FULL_DISK = """
-import resource, signal, sys, torch, train_gpt2
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-
-def main():
-    model = torch.nn.Linear(1000, 1000)
-    run = train_gpt2.Run(train_gpt2.Path(sys.argv[1]), model, torch.optim.AdamW(model.parameters()),
-                         train_gpt2.RECIPES["tiny"], {}, {})
-    run.save()
-
-train_gpt2.fineweb.command_line(main)
-"""
-
-
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     """A checkpoint that is lost while the next one is written."""
-    with small_run(tmp_path / "run"):
-        pass
-    command = [sys.executable, "-c", FULL_DISK, tmp_path / "run"]
-    process = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    assert_error(process, "File too large")
-    assert train_gpt2.read_checkpoint(tmp_path / "run/ckpt.pt")["model"]["weight"].shape == (1, 1)
+
+    def full(content, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError), small_run(tmp_path / "run") as run:
+        monkeypatch.setattr(torch, "save", full)
+        run.save()
+    assert train_gpt2.read_checkpoint(tmp_path / "run/ckpt.pt")["step"] == 0
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"ckpt.pt", ".lock"}
 
 
@@ -1602,15 +1481,15 @@ def test_a_mistake_is_one_line(args, words, tmp_path):
 
 def test_curves_are_drawn(tmp_path):
     """Curves without their validation, without HellaSwag, or without a point."""
-    log = tmp_path / "log.csv"
-    log.write_text("step,loss,val_val,hellaswag\n1,3.0,,\n10,2.0,2.5,.26\n13,1.9,nan,\n")
+    rows = [{"step": 1, "loss": 3.0}, {"step": 10, "loss": 2.0, "val_val": 2.5, "hellaswag": 0.26}]
+    rows.append({"step": 13, "loss": 1.9, "val_val": math.nan})
     drawn = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt2, "draw_chart", lambda path, title, lines: drawn.update(lines))
-        train_gpt2.draw_run(tmp_path, read_log(log))
+        train_gpt2.draw_run(tmp_path, rows)
     expected = {"loss": [(1, 3.0), (10, 2.0), (13, 1.9)], "val_val": [(10, 2.5)]}
     assert drawn == expected | {"hellaswag": [(10, 0.26)]}
-    train_gpt2.draw_run(tmp_path, read_log(log))
+    train_gpt2.draw_run(tmp_path, rows)
     image = Image.open(tmp_path / "curves.png")
     chart = image.crop((0, 0, 900, 440))  # without its legend: a single point, too, is seen
     colors = {color for _, color in chart.getcolors(1 << 20)}
@@ -1652,21 +1531,6 @@ def test_a_frozen_head_changes_no_probability(monkeypatch):
     train_gpt2.freeze(model, CPU)
     assert model.frozen_head.dtype == torch.bfloat16 and "frozen_head" not in model.state_dict()
     assert model.wte.weight.dtype == torch.float32
-
-
-def test_a_missing_compiler_is_told(monkeypatch, capsys):
-    """A machine without Python.h that trains slowly without a reason."""
-    def fail(error):
-        def compile(function):
-            raise error
-        monkeypatch.setattr(torch, "compile", compile)
-        return train_gpt2.can_compile.__wrapped__()
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(train_gpt2, "pick_device", lambda: CPU)
-    assert not fail(RuntimeError("backend='inductor' raised:\nno Python.h\nmuch more"))
-    out = capsys.readouterr().out
-    assert "no Python.h" in out and "much more" not in out
 
 
 @real_data
@@ -1713,27 +1577,20 @@ IN_EVALUATION = """
 import os, signal, sys, train_gpt2
 validate = train_gpt2.validate
 how, step = sys.argv.pop(1), int(sys.argv.pop(1))
-
-
 def stop(at, number=None):
     if at == step:
         if number is None:
             os._exit(9)
         os.kill(os.getpid(), number)
-
-
 def interrupted(model, *args):
     stop(int(how == "kill" and run.step))
     row = validate(model, *args)
     stop(int(how == "signal" and run.step), signal.SIGTERM)
     return row
-
-
 def fit(self, *args):
     global run
     run = self
     return usual_fit(self, *args)
-
 usual_fit = train_gpt2.fit
 train_gpt2.fit = fit
 train_gpt2.validate = interrupted
@@ -1928,7 +1785,7 @@ def test_measured_steps_beside_nanogpt():
 
 @measured
 def test_measured_generation(tmp_path):
-    """Tokens of the 124M beside transformers' generate(); captions, greedy and beam 5."""
+    """Tokens of the 124M beside transformers' generate()."""
     transformers = pytest.importorskip("transformers")
     print()
     model = GPT(train_gpt2.PRESETS["gpt2"])
@@ -1950,14 +1807,6 @@ def test_measured_generation(tmp_path):
         a, b = in_turns(ours, generate_theirs)
         print(f"generation, batch {B:2}: ours {96 * B / a:.0f} tokens/s, transformers "
               f"{96 * B / b:.0f} ({b / a:.2f})")
-    captioner = caption.build("linear", 33, 1024, model)
-    captioner.eot = -1  # never drawn: all captions have 20 tokens
-    vision = torch.randn(64, 33, 1024)
-    with train_gpt2.autocast(CPU):
-        times = in_turns(lambda: captioner.generate(vision, 20),
-                         lambda: caption.beam_search(captioner, vision, 5, 20), rounds=1)
-    print(f"captions of 20 tokens, 64 pictures, 124M: greedy {64 / times[0]:.1f} a second, "
-          f"beam 5 {64 / times[1]:.1f}")
 
 
 # -----------------------------------------------------------------------------
@@ -2080,15 +1929,6 @@ def correlation(a, b):
     return np.corrcoef(a, b)[0, 1]
 
 
-@pytest.mark.parametrize("word, stem", [
-    ("quickly", "quick"), ("nearly", "near"), ("only", "onli"), ("family", "famili"),
-    ("cities", "citi"), ("sitting", "sit"), ("riding", "ride"), ("dogs", "dog"), ("sky", "sky"),
-    ("colorful", "color"), ("happily", "happili"), ("skies", "sky"), ("hill", "hill")])
-def test_stems_are_those_of_porters_second_stemmer(word, stem):
-    """A rule that never applies, since another one comes before it."""
-    assert coco_eval.stem(word) == stem
-
-
 @real_data
 def test_meteor_equals_the_one_without_tables_and_orders_systems_as_the_full_one(official):
     """METEOR on six real systems and five made ones; the other metrics on all of them."""
@@ -2138,8 +1978,12 @@ def test_odd_captions_equal_the_official_ones(official):
             assert_equals_official(official, one, dict.fromkeys(one, candidate))
 
 
-def test_tokens_by_hand():
-    """Tokens without Java: contractions, punctuation, brackets, times, other scripts."""
+def test_tokens_and_stems_by_hand():
+    """Tokens without Java: contractions, punctuation, brackets, times, other scripts; stems."""
+    stems = {"quickly": "quick", "nearly": "near", "only": "onli", "family": "famili",
+             "cities": "citi", "sitting": "sit", "riding": "ride", "dogs": "dog", "sky": "sky",
+             "colorful": "color", "happily": "happili", "skies": "sky", "hill": "hill"}
+    assert {word: coco_eval.stem(word) for word in stems} == stems
     tokens = coco_eval.tokenize("A dog's t-shirt, isn't it?")
     assert tokens == ["a", "dog", "'s", "t-shirt", "is", "n't", "it"]
     text = "I cannot (go)\u2028at 10:30 a.m.\nB & W &amp; “1,000” -- 50%!"
@@ -2345,41 +2189,6 @@ def test_a_folder_of_own_pictures(tmp_path):
         coco_eval.read_dataset(tmp_path / "images", "train")
 
 
-def test_karpathys_split(tmp_path):
-    """Pictures of the test split among those of training; captions of others."""
-    splits = ["train", "restval", "val", "test", "test"]
-    images = []
-    for i, split in enumerate(splits):
-        sentences = [{"raw": f"a {k} of {i}"} for k in range(5)]
-        images.append({"cocoid": i, "split": split, "sentences": sentences})
-        path = tmp_path / ("val2017" if i % 2 else "train2017") / f"{i:012d}.jpg"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"")
-    write_json(tmp_path / "annotations/dataset_coco.json", {"images": images})
-    for split, ids in (("train", [0, 1]), ("val", [2]), ("test", [3, 4])):
-        dataset = coco_eval.read_dataset(tmp_path, split, karpathy=True)
-        assert [p["id"] for p in dataset] == ids and all(p["path"].exists() for p in dataset)
-        assert dataset[0]["captions"] == [f"a {k} of {ids[0]}" for k in range(5)]
-    shutil.rmtree(tmp_path / "train2017")
-    with pytest.raises(UserError, match="--download"):
-        coco_eval.read_dataset(tmp_path, "train", karpathy=True)
-
-
-def test_val2017_alone_is_split(tmp_path):
-    """COCO's validation pictures on a laptop: 4,500 for training and 500 for validation."""
-    for split, count in (("val2017", 50), ("train2017", 30)):
-        images = [{"id": i, "file_name": f"{i}.jpg"} for i in range(count)]
-        annotations = [{"image_id": i, "caption": "a"} for i in range(count)]
-        path = tmp_path / f"annotations/captions_{split}.json"
-        write_json(path, {"images": images, "annotations": annotations})
-    for folder, expected in (("val2017", [45, 5]), ("train2017", [30, 50])):
-        (tmp_path / folder).mkdir()
-        for name in ("0.jpg", "1.jpg"):
-            (tmp_path / folder / name).write_bytes(b"")
-        sizes = [len(coco_eval.read_dataset(tmp_path, split)) for split in ("train", "val")]
-        assert sizes == expected
-
-
 def archive(files, compression=zipfile.ZIP_STORED):
     body = io.BytesIO()
     with zipfile.ZipFile(body, "w", compression) as zipped:
@@ -2480,9 +2289,6 @@ def test_odd_pictures_are_read_or_refused_by_name():
         image = coco_eval.load_image(path)
         assert image.mode == "RGB" and list(image.size) == size, entry
     assert 0 < refused < 6
-    upright = np.asarray(coco_eval.load_image(folder / "hopper.jpg"), dtype=float)
-    turned = np.asarray(coco_eval.load_image(folder / "hopper_orientation_6.jpg"), dtype=float)
-    assert np.abs(upright - turned).mean() < 12  # the same person, whichever way the file is turned
 
 
 # -----------------------------------------------------------------------------
@@ -2721,30 +2527,23 @@ def test_samples_have_the_rewards_of_their_own_picture(precision, monkeypatch):
     assert weights[:, :5].abs().max() > 0 and (weights[:, 5:] == caption.ANCHOR / 5).all()
 
 
-def plain_attention(layer, x, source):
-    """caption.Attention for one row in float64, head by head and place by place."""
-    w = {n: p.double() for n, p in layer.state_dict().items()}
-    C = x.size(1)
-    q = x @ w["q.weight"].T + w["q.bias"]
-    k, v = (source @ w["kv.weight"].T + w["kv.bias"]).split(C, dim=1)
-    hs = x.size(1) // layer.n_head
-    y = torch.zeros_like(q)
-    for h in range(layer.n_head):
-        s = slice(h * hs, (h + 1) * hs)
-        for t in range(len(x)):
-            y[t, s] = (k[:, s] @ q[t, s] / math.sqrt(hs)).softmax(0) @ v[:, s]
-    return y @ w["c_proj.weight"].T + w["c_proj.bias"]
-
-
-def plain_norm(norm, x):
-    centered = x - x.mean(-1, keepdim=True)
-    variance = x.var(-1, unbiased=False, keepdim=True) + norm.eps
-    return centered / variance.sqrt() * norm.weight.double() + norm.bias.double()
+def float64(module, *inputs):
+    """A module on rows (T, C) in float64; caption.Attention by PyTorch's own attention."""
+    inputs = [x.double()[None] for x in inputs]
+    if isinstance(module, caption.Attention):
+        w = module.state_dict()
+        theirs = nn.MultiheadAttention(inputs[0].size(2), module.n_head, batch_first=True)
+        theirs.load_state_dict({
+            "in_proj_weight": torch.cat([w["q.weight"], w["kv.weight"]]),
+            "in_proj_bias": torch.cat([w["q.bias"], w["kv.bias"]]),
+            "out_proj.weight": w["c_proj.weight"], "out_proj.bias": w["c_proj.bias"]})
+        return theirs.double()(inputs[0], inputs[1], inputs[1])[0][0]
+    return copy.deepcopy(module).double()(*inputs)[0]
 
 
 @torch.no_grad()
 def test_bridges_equal_plain_float64_ones():
-    """A layer of the Q-Former, gated cross-attention, the linear map."""
+    """A layer of the Q-Former, cross-attention, the linear map."""
     torch.manual_seed(1)
     x = torch.randn(7, 32)
     vision = torch.randn(5, 12)
@@ -2752,23 +2551,17 @@ def test_bridges_equal_plain_float64_ones():
     layer = small_captioner("qformer").bridge.layers[0]
     for p in layer.parameters():
         nn.init.normal_(p, std=0.3)
-    normed = plain_norm(layer.ln_self, x.double())
-    y = x.double() + plain_attention(layer.self_attn, normed, normed)
-    w = {n: p.double() for n, p in layer.mlp.state_dict().items()}
-    u = plain_norm(layer.ln_mlp, y) @ w["c_fc.weight"].T + w["c_fc.bias"]
-    y = y + plain_gelu(u) @ w["c_proj.weight"].T + w["c_proj.bias"]
-    y = y + plain_attention(layer.cross_attn, plain_norm(layer.ln_cross, y), wide.double())
+    normed = float64(layer.ln_self, x)
+    y = x.double() + float64(layer.self_attn, normed, normed)
+    y = y + float64(layer.mlp, float64(layer.ln_mlp, y))
+    y = y + float64(layer.cross_attn, float64(layer.ln_cross, y), wide)
     assert torch.allclose(layer(x[None], wide[None])[0].double(), y, atol=1e-4)
-    model = small_captioner("cross")
-    bridge = model.bridge
-    ln = bridge.ln[1]
-    seen = plain_norm(ln, bridge.linear.prefix(vision).double())
-    looked = plain_attention(bridge.cross_attn[1], plain_norm(ln, x.double()), seen)
-    expected = (x.double() + looked).float()[None]
-    assert torch.allclose(bridge.look(vision[None])(1, x[None]), expected, atol=1e-4)
+    bridge = small_captioner("cross").bridge
+    seen = float64(bridge.ln[1], bridge.linear.prefix(vision))
+    expected = x.double() + float64(bridge.cross_attn[1], float64(bridge.ln[1], x), seen)
+    assert torch.allclose(bridge.look(vision[None])(1, x[None])[0].double(), expected, atol=1e-4)
     bridge = small_captioner("linear").bridge
-    y = plain_norm(bridge.norm, vision.double()) @ bridge.project.weight.double().T
-    y = y + bridge.project.bias.double() + bridge.positions.double()
+    y = float64(bridge.project, float64(bridge.norm, vision)) + bridge.positions
     assert torch.allclose(bridge.prefix(vision[None])[0].double(), y, atol=1e-5)
 
 
@@ -3027,14 +2820,8 @@ def test_self_critical_training(captions_run, shapes):
     changed = train_gpt2.read_checkpoint(out / "ckpt.pt")["model"]
     distance = {name: (p - changed[name]).abs().max().item() for name, p in first.items()}
     assert 0 < max(distance.values()) < 0.05  # three small steps from there
-    load_pictures = caption.load_pictures
     with pytest.MonkeyPatch.context() as patch:
-
-        def one(setup, split):
-            pictures = load_pictures(setup, split)
-            return dataclasses.replace(pictures, pictures=pictures.pictures[:1])
-
-        patch.setattr(caption, "load_pictures", one)
+        patch.setattr(caption.PictureSet, "__len__", lambda self: 1)
         out = ["--out", folder / "runs/shapes-cross", "--batch", 5]
         process = run("caption.py", *flags[:8], *out, "--scst", cwd=folder)
         assert_error(process, "one validation picture is always 0")
@@ -3085,7 +2872,7 @@ def test_karpathys_split_has_runs_of_its_own(captions_run, shapes, tmp_path):
         split = ("train", "restval", "val", "test", "train")[i % 5]
         sentences = [{"raw": text} for text in captions]
         images.append({"cocoid": i, "split": split, "sentences": sentences})
-        path = tmp_path / f"coco/train2017/{i:012d}.jpg"
+        path = tmp_path / "coco" / ("val2017" if i % 2 else "train2017") / f"{i:012d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         coco_eval.load_image(shapes / f"val/{i + 1:06d}.png").save(path)
     write_json(tmp_path / "coco/annotations/dataset_coco.json", {"images": images})
@@ -3095,19 +2882,22 @@ def test_karpathys_split_has_runs_of_its_own(captions_run, shapes, tmp_path):
     assert "6 validation pictures" in process.stdout and "tenth" not in process.stdout
     results = coco_eval.read_results(tmp_path / "runs/coco-karpathy-linear/results.json")
     assert sorted(map(int, results)) == [3, 8, 13, 18, 23, 28]
-    command = ["--data", "coco", "--bridge", "linear", "--eval"]
-    process = run("caption.py", *command, "--karpathy", cwd=tmp_path)
+    command = ["--data", "coco", "--karpathy", "--bridge", "linear", "--eval"]
+    process = run("caption.py", *command, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
-    path = tmp_path / "runs/coco-karpathy-linear/best.safetensors"
-    about, tensors = train_gpt2.read_weights(path)
-    holder = types.SimpleNamespace(state_dict=lambda: tensors)
-    train_gpt2.save_weights(path, holder, about | {"pictures": "others"})
-    process = run("caption.py", *command, "--karpathy", cwd=tmp_path)
+    images[0]["sentences"].pop()
+    write_json(tmp_path / "coco/annotations/dataset_coco.json", {"images": images})
+    process = run("caption.py", *command, cwd=tmp_path)
     assert_error(process, "trained on other pictures, captions or another split")
+    assert [p["id"] for p in coco_eval.read_dataset(tmp_path / "coco", "train", True)] == [
+        i for i in range(30) if i % 5 in (0, 1, 4)]
+    shutil.rmtree(tmp_path / "coco/train2017")
+    assert_error(run("caption.py", *command, cwd=tmp_path), "--download")
 
 
-def test_sampling_pictures(captions_run, shapes, server, tmp_path, precision):
+def test_sampling_pictures(captions_run, shapes, server, tmp_path, precision, monkeypatch):
     """--sample: files of several kinds, a broken one, an address, --grid, --num, --attention."""
+    monkeypatch.setattr(caption, "BATCH", 2)  # over batches, too, each keeps its own caption
     flags, folder, _ = captions_run
     own = tmp_path / "my pictures"
     (own / "inner/.hidden").mkdir(parents=True)
@@ -3118,7 +2908,12 @@ def test_sampling_pictures(captions_run, shapes, server, tmp_path, precision):
         (own / name).write_bytes(b"no picture")
     command = ["--ckpt", folder / "runs/shapes-cross", "--sample", own]
     process = run("caption.py", *command, "--grid", tmp_path / "out.png", cwd=folder)
-    assert process.returncode == 0 and process.stdout.count("my pictures/") == 5, process.stderr
+    assert process.returncode == 0, process.stderr
+    lines = [line for line in process.stdout.splitlines() if line.startswith(f"{own}/")]
+    names = [Path(line.split(": ")[0]).name for line in lines]
+    assert names == ["0.png", "1.jpg", "2.webp", "5.ppm", "4.JFIF"]
+    alone = run("caption.py", *command[:3], own / "5.ppm", cwd=folder).stdout.splitlines()
+    assert alone[-1] == lines[3]
     assert "6 pictures, 1 other files" in process.stdout
     assert "3.gif cannot be read" in process.stderr
     assert Image.open(tmp_path / "out.png").size[0] > 700
@@ -3145,21 +2940,6 @@ def test_sampling_pictures(captions_run, shapes, server, tmp_path, precision):
     process = run("caption.py", *command[:3], f"{server.address}/a.png", cwd=tmp_path)
     assert_error(process, "a.png cannot be read as a picture")
     assert_error(run("caption.py", *command, "--attention", "x.png", cwd=folder), "only one")
-
-
-def test_pictures_keep_their_order(captions_run, shapes, tmp_path):
-    """Pictures of a folder that lose their order or their captions over batches."""
-    flags, folder, _ = captions_run
-    own = tmp_path / "own"
-    shutil.copytree(shapes / "val", own)
-    (own / "000050.png").write_bytes(b"no picture")
-    command = ["--ckpt", folder / "runs/shapes-cross", "--sample"]
-    process = run("caption.py", *command, own, cwd=tmp_path)
-    lines = [line for line in process.stdout.splitlines() if line.startswith(str(own / "0"))]
-    names = [Path(line.split(": ")[0]).name for line in lines]
-    assert names == [f"{i:06d}.png" for i in range(1, 101) if i != 50]
-    one = run("caption.py", *command, own / "000077.png", cwd=tmp_path).stdout.splitlines()[-1]
-    assert one == lines[75]
 
 
 @pytest.mark.parametrize("args, words", [
@@ -3201,15 +2981,13 @@ def test_what_vision_tokens_depend_on_is_their_identity(toy_clip, shapes, tmp_pa
     """The same weights with another activation, preprocessing or precision, taken for the same."""
     digests = set()
     model = open_clip.CLIP(**caption.TOY_CLIP)
+    path = tmp_path / "clip.safetensors"
     for activation in (True, False):
-        path = tmp_path / f"{activation}.safetensors"
         about = {"clip": caption.TOY_CLIP | {"quick_gelu": activation}}
         train_gpt2.save_weights(path, model, about)
         digests.add(caption.load_clip(path).digest)
-    cfg = {"size": 64, "mean": (0.5, 0.5, 0.5)}
-    monkeypatch.setattr(open_clip, "get_model_preprocess_cfg", lambda model: cfg)
-    digests.add(caption.load_clip(tmp_path / "True.safetensors").digest)
-    assert len(digests) == 3
+    monkeypatch.setattr(open_clip, "get_model_preprocess_cfg", lambda model: {"size": 64})
+    assert len(digests | {caption.load_clip(path).digest}) == 3
     monkeypatch.chdir(tmp_path)
     pictures = coco_eval.read_dataset(shapes, "train")[:3]
     for precision in (False, True, True):
@@ -3434,37 +3212,12 @@ def test_bridges_on_a_fake_gpu(name, monkeypatch):
             for options in ({}, {"temperature": 1.0}):
                 assert model.generate(vision, 4, **options).shape == (2, 4)
             assert caption.beam_search(model, vision, 3, 4).shape == (2, 4)
-
-
-@pytest.mark.parametrize("shape", ["toy", "ViT-L-14"])
-def test_the_image_encoder_on_a_fake_gpu(shape, monkeypatch):
-    """The same of CLIP, the toy one and ViT-L/14."""
-    with fake_cuda(monkeypatch) as device:
-        if shape == "toy":
-            clip = open_clip.CLIP(**caption.TOY_CLIP)
-        else:
-            clip = open_clip.create_model(shape, force_quick_gelu=True)
-        encoder = caption.ImageEncoder(clip.visual, None, "x")
-        size = 64 if shape == "toy" else 224
-        tokens = caption.pool_tokens(encoder(torch.empty(2, 3, size, size)))
-        assert tokens.device == device and tokens.shape[:2] == (2, 33)
-
-
-def test_attention_of_many_shapes_does_without_cudnn(monkeypatch):
-    """cuDNN, which plans each new shape for .4 s, where shapes change with every token."""
-    enabled = []
-
-    def attend(q, k, v, **options):
-        enabled.append(torch.backends.cuda.cudnn_sdp_enabled())
-        return q
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
-    with fake_cuda(monkeypatch) as device:
-        q = torch.empty(1, 2, 8, 16, device=device)
-        train_gpt2.attention(q, q, q, is_causal=True)  # training: one shape, any backend
-        train_gpt2.attention(q, q, q, mask=torch.ones(8, 8, dtype=torch.bool, device=device))
-        train_gpt2.attention(q[:, :, :1], q, q)
-    assert enabled == [True, False, False]
+        if name == "linear":  # CLIP, the toy one and ViT-L/14
+            large = open_clip.create_model("ViT-L-14", force_quick_gelu=True)
+            for clip, size in ((open_clip.CLIP(**caption.TOY_CLIP), 64), (large, 224)):
+                encoder = caption.ImageEncoder(clip.visual, None, "x")
+                tokens = caption.pool_tokens(encoder(torch.empty(2, 3, size, size)))
+                assert tokens.device == device and tokens.shape[:2] == (2, 33)
 
 
 # -----------------------------------------------------------------------------
@@ -3483,6 +3236,10 @@ def test_full_size(tmp_path, monkeypatch, capsys):
     data = write_text(tmp_path / "data", np.arange(200 * T + 1) % 430, config.vocab_size)
     batch = 64 if gpu else 4
 
+    def say(*lines):
+        with capsys.disabled() if gpu else contextlib.nullcontext():
+            print(*(f"  {line}" for line in lines), sep="\n")
+
     def timed(what, count, unit, function, *args, **options):
         """Call a function twice; print what the first and the second call took."""
         rates = []
@@ -3492,18 +3249,15 @@ def test_full_size(tmp_path, monkeypatch, capsys):
             if gpu:
                 torch.cuda.synchronize()
             rates.append(time.perf_counter() - began)
-        with capsys.disabled() if gpu else contextlib.nullcontext():
-            print(f"  {what}: first {rates[0]:.2f} s, then {count / rates[1]:,.0f} {unit}/s")
+        say(f"{what}: first {rates[0]:.2f} s, then {count / rates[1]:,.0f} {unit}/s")
         return result
 
     def train(name, steps, muon):
-        recipe = Recipe(12, batch * T, batch // 4, 1e-3, 2, muon=muon, eval_every=8,
+        recipe = Recipe(steps, batch * T, batch // 4, 1e-3, 2, muon=muon, eval_every=8,
                         eval_tokens=8 * T, log_every=2)
-        recipe = dataclasses.replace(recipe, max_steps=steps)
         train_gpt2.train("full", data, tmp_path / name, recipe)
         lines = capsys.readouterr().out.splitlines()
-        with capsys.disabled() if gpu else contextlib.nullcontext():
-            print(*[f"  {name}: {line}" for line in lines if line.startswith("step")], sep="\n")
+        say(*[f"{name}: {line}" for line in lines if line.startswith("step")])
         rows = read_log(tmp_path / name / "log.csv")
         return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
@@ -3543,12 +3297,8 @@ def test_full_size(tmp_path, monkeypatch, capsys):
                   captioner, vision, tokenizer, beams=beams)
     if gpu:
         memory = torch.cuda.max_memory_allocated() / 1e9
-        with capsys.disabled():
-            print(f"  {torch.cuda.get_device_name()}, PyTorch {torch.__version__}, {memory:.1f} GB")
+        say(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, {memory:.1f} GB")
 
-
-# -----------------------------------------------------------------------------
-# README.md
 
 if __name__ == "__main__":
     sys.exit(pytest.main([__file__, "-q", *sys.argv[1:]]))

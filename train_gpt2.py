@@ -422,7 +422,7 @@ PRESETS = {  # T, V, layers, heads, C
 }
 RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up steps
     "tiny": Recipe(
-        1_900, 1_536, 24, 1e-3, 40, cooldown=0.5, muon=20, eval_every=190, eval_tokens=20_480
+        1_425, 2_048, 32, 1e-3, 40, cooldown=0.5, muon=20, eval_every=150, eval_tokens=20_480
     ),
     "small": Recipe(500, 8_192, 16, 2e-3, 50, eval_every=50, eval_tokens=16_384),
     # GPT-3's rates and betas, shortened to 10 B tokens, 375 M of them to warm up. GPT-3 read 300 B,
@@ -565,7 +565,7 @@ def fit(run, model, batches, evaluate, device):
     """
     recipe = run.recipe
     for step, micro_batches in batches:
-        if step % recipe.eval_every == 0 and (step or run.began_trained):
+        if step % recipe.eval_every == 0:  # at step 0 the loss is near ln V: any token may follow
             run.save()  # before the evaluation, which takes a while
             run.record(evaluate())  # log.csv, curves.png; the best weights so far are kept
         lr = get_lr(step, recipe)
@@ -587,18 +587,14 @@ def train(preset, data, out, recipe, seed=0, init=None):
     torch.manual_seed(seed)
     model = GPT(PRESETS[preset]) if init is None else load_model(init)[0]
     model.to(device).train()
-    config = model.config
-    check_batch_size(recipe, config.block_size)
-    tokenizer = fineweb.get_tokenizer(config.vocab_size)
-    train_set, val_sets = open_data(data, config)
     optimizer = configure_optimizer(model, recipe)
+    train_set, val_sets = open_data(data, model.config)
     run = open_run(out, model, optimizer, recipe, train_set, seed, init)
     with run:  # takes the folder for itself; goes on from its checkpoint; notes Ctrl-C
-        describe(run, data, device)
         if not run.finished:
+            fast_model = compiled(model)  # by torch.compile, on a GPU
+            tokenizer = fineweb.get_tokenizer(model.config.vocab_size)
             items = load_hellaswag(tokenizer) if preset.startswith("gpt2") else []
-            fast_model = compiled(model)
-            get_batches = functools.partial(get_micro_batches, train_set, recipe, seed)
 
             def evaluate():
                 model.frozen_head = centered_head(model)  # loses less in bf16, as in --eval
@@ -609,11 +605,11 @@ def train(preset, data, out, recipe, seed=0, init=None):
                 model.frozen_head = None
                 return row
 
-            # (step, get_batches(step)) for run.step ... max_steps - 1, prepared by threads
+            # get_batches(step) gives a step's micro-batches; threads prepare the next few
+            get_batches = functools.partial(get_micro_batches, train_set, recipe, seed)
             batches = prefetch(get_batches, run.step, recipe.max_steps)
             fit(run, fast_model, batches, evaluate, device)
-    if rank() == 0:
-        show_samples(run)
+    show_samples(run)
 
 
 # -----------------------------------------------------------------------------
@@ -783,7 +779,7 @@ def pack(rows, P=0):
     """Pack rows of (beginning, [continuation, ...]), all of token ids, after P vectors.
 
     The beginning is part 0, continuation k is part k + 1. Padding is part -1, which no token sees.
-    For the example above, with P = 0:
+    For the example above, with P = 0 (after P vectors all positions and sources are P larger):
 
         a column for each token            a column for each target
         token     c1 c2 c3 a1 b1 b2        target    a1 a2 b1 b2 b3
@@ -1106,24 +1102,18 @@ def decode(rows, tokenizer):
 @torch.no_grad()
 def ending_losses(model, items, device):
     """The summed loss in nats of each ending of HellaSwag items, (items, 4)."""
-    tokens_at_once = 1_024 if device.type == "cpu" else 16_384
-    sizes = np.array([len(item.context) + sum(map(len, item.endings)) for item in items])
-    order = np.argsort(-sizes, kind="stable")  # the longest first: out of memory comes early
-    batches = []  # items of like length together
-    begin = 0
-    while begin < len(items):
-        batches.append(order[begin : begin + max(1, tokens_at_once // sizes[order[begin]])])
-        begin += len(batches[-1])
+    batch = 8 if device.type == "cpu" else 64
+    sizes = [len(item.context) + sum(map(len, item.endings)) for item in items]
+    order = np.argsort(sizes)[::-1]  # the longest first: out of memory comes early
     losses = np.zeros((len(items), 4))
-    # once, compiling takes longer than it saves; during training it is done many times
-    hidden_states = compiled(model.hidden_states) if model.training else model.hidden_states
-    for chosen in progress(batches, "HellaSwag"):
+    for i in progress(range(0, len(items), batch), "HellaSwag"):
+        chosen = order[i : i + batch]  # items of like length
         rows = []
         for item in [items[i] for i in chosen]:
             room = model.config.block_size - max(map(len, item.endings))
             rows.append((item.context[-room:], item.endings))  # too long: cut from the left
         packed = pack(rows).to(device)
-        h = hidden_states(model.embed(packed.idx, packed.positions), packed.mask)
+        h = model.hidden_states(model.embed(packed.idx, packed.positions), packed.mask)
         loss = model.losses(packed.at_source(h), packed.targets).double()  # (B, N)
         each = [(loss * (packed.owner == k)).sum(1) for k in range(4)]
         losses[chosen] = torch.stack(each, 1).cpu().numpy()
@@ -1161,9 +1151,9 @@ def evaluate(name, data, limit):
     with first_of_node_first():
         model, tokenizer = load_model(name)
     freeze(model, device)
-    usual = Path("data/toy" if tokenizer.name == "tiny" else "data/fineweb_edu")
-    if data or usual == Path("data/toy") or usual.exists():
-        _, val_sets = open_data(data or usual, model.config)
+    data = data or Path("data/toy" if tokenizer.name == "tiny" else "data/fineweb_edu")
+    if data.exists() or data != Path("data/fineweb_edu"):
+        _, val_sets = open_data(data, model.config)
         tokens = 65_536 if device.type == "cpu" else Recipe.eval_tokens
         batch = math.ceil(16_384 / model.config.block_size)
         validate(model, val_sets, tokenizer, tokens, batch, device)
@@ -1350,12 +1340,10 @@ class Run:
     about: dict  # what one has to know to use the weights
     unit: str = "tokens"  # what its speed counts
     keep_best: bool = True  # the weights of the lowest validation loss, in best.safetensors
-    began_trained: bool = False  # step 0 is evaluated, too
     step: int = 0  # finished steps
     finished: bool = False  # the last evaluation is done
     seconds: float = 0.0  # of training, without evaluation
     rows: list = field(default_factory=list)  # of log.csv; after a checkpoint they are done again
-    epochs: float = 0.0  # how often it goes through its data
     stop: bool = False  # a signal asked for it
 
     def __enter__(self):
@@ -1378,6 +1366,8 @@ class Run:
         for each in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
             if signal.getsignal(each) != signal.SIG_IGN:  # as nohup makes it
                 self.handlers[each] = signal.signal(each, self.on_signal)
+        steps = f"{self.step:,} of {self.recipe.max_steps:,} steps are done"
+        print(f"run        {self.out}, {steps}; {self.recipe.batch_size:,} {self.unit} a step")
         self.time = time.perf_counter()
         self.shown = (self.step, self.seconds)
         return self
@@ -1626,7 +1616,8 @@ def digest(dataset):
 
 
 def open_run(out, model, optimizer, recipe, train_set, seed, init):
-    """The Run of a GPT."""
+    """The Run of a GPT; says what will be done."""
+    check_batch_size(recipe, train_set.T)
     identity = {  # what must stay the same when the run is resumed
         "shape": str(model.config),
         "optimizer": type(optimizer).__name__,
@@ -1636,28 +1627,25 @@ def open_run(out, model, optimizer, recipe, train_set, seed, init):
         "digest of first weights": fingerprint(model) if init else "",
     }
     run = Run(Path(out), model, optimizer, recipe, identity, about={"config": asdict(model.config)})
-    run.epochs = recipe.max_steps * recipe.batch_size / (len(train_set) * train_set.T)
+    epochs = recipe.max_steps * recipe.batch_size / (len(train_set) * train_set.T)
     # where each text is read once, the last weights are the best, and a write of half a gigabyte
     # (the 124M; est. 1 s) is saved at each evaluation; but older ones must not pass for them
-    run.keep_best = run.epochs >= 2 or (run.out / "best.safetensors").exists()
-    run.began_trained = init is not None
-    return run
-
-
-def describe(run, data, device):
-    """What will be done, a line each."""
+    run.keep_best = epochs >= 2 or (run.out / "best.safetensors").exists()
+    device = pick_device()
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     precision = "bf16 products, fp32 weights" if uses_bf16(device) else "fp32"
-    parameters = sum(p.numel() for p in run.model.parameters())
+    parameters = sum(p.numel() for p in model.parameters())
     print(f"model      {parameters:,} parameters on {world_size()} x {name}, {precision}")
-    print(f"data       {data}, {run.epochs:.1f} epochs; {run.recipe.batch_size:,} tokens a step")
-    print(f"run        {run.out}, {run.step:,} of {run.recipe.max_steps:,} steps are done")
+    print(f"data       {epochs:.1f} epochs of {len(train_set) * train_set.T:,} tokens")
     if parameters > 1e8 and device.type == "cpu":
         print("           no GPU is seen: is its driver (nvidia-smi) too old for this PyTorch?")
+    return run
 
 
 def show_samples(run):
     """Print samples of a finished run, and what to do next."""
+    if rank() > 0:
+        return
     model, tokenizer = load_model(run.out)
     freeze(model, pick_device())
     for prompt in ("", "The ", "In the beginning"):
