@@ -422,7 +422,7 @@ PRESETS = {  # T, V, layers, heads, C
 }
 RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up steps
     "tiny": Recipe(
-        1_425, 2_048, 32, 1e-3, 40, cooldown=0.5, muon=12, eval_every=150, eval_tokens=20_480
+        1_425, 2_048, 32, 1e-3, 40, cooldown=0.5, muon=20, eval_every=150, eval_tokens=20_480
     ),
     "small": Recipe(500, 8_192, 16, 2e-3, 50, eval_every=50, eval_tokens=16_384),
     # GPT-3's rates and betas, shortened to 10 B tokens, 375 M of them to warm up. GPT-3 read 300 B,
