@@ -80,10 +80,8 @@ from train_gpt2 import MLP, KVCache, Recipe, Run, autocast, fit, get_lr, pick_de
 #     cross       <|endoftext|>  a red circle is ...                 (it sees the picture inside)
 #
 # So linear's 4 x 8 averages stand exactly where the map's 4 x 4 x 2 words stood, and its class
-# token where <|endoftext|> was. The Q-Former has no class token: its first query stands at position
-# 0, and its caption begins at 32, one place before linear's. No newline follows either of them.
-# With cross the caption stands where the decoder has always seen a map: the bridge has to make up
-# for that.
+# token where <|endoftext|> was. With cross the caption stands where the decoder has always seen a
+# map: the bridge has to make up for that.
 
 # -----------------------------------------------------------------------------
 # 1. The image encoder: what CLIP sees, as tokens
@@ -107,7 +105,7 @@ class ImageEncoder:
 
     def __init__(self, visual, preprocess, digest):
         self.visual = train_gpt2.freeze(visual, pick_device())
-        # what the blocks add to stays fp32, which halves the error of bf16 (.8 to .4 %)
+        # what the blocks add to stays fp32, so bf16's error in the tokens is .4 %, not .8
         visual.conv1.register_forward_hook(lambda conv, inputs, patches: patches.float())
         self.preprocess = preprocess  # Pillow picture to (3, H, W)
         self.digest = digest  # of what its tokens depend on
@@ -164,8 +162,7 @@ class LinearBridge(nn.Module):
     LiMBeR showed that a linear map is enough to read a frozen image encoder with a frozen language
     model. ClipCap (Mokady et al. 2021) maps one vector of a picture to a prefix: by a transformer
     where GPT-2 stays frozen, by an MLP where it is trained, too. The other two bridges begin with
-    this map. Its positions begin at zero, since a prefix gets the decoder's own in addition; those
-    of the other bridges, to which nothing is added, begin at random.
+    this map. Its positions begin at zero, since a prefix gets the decoder's own in addition.
     """
 
     def __init__(self, S, D, decoder):
@@ -203,6 +200,7 @@ class QFormerBridge(nn.Module):
         C = decoder.config.n_embd
         self.P = 32
         self.linear = LinearBridge(S, D, decoder)
+        # nothing is added to these positions, so they begin at random
         nn.init.normal_(self.linear.positions, std=token_scale(decoder))
         self.queries = nn.Parameter(0.02 * torch.randn(self.P, C))
         self.ln = nn.LayerNorm(C)
@@ -374,6 +372,7 @@ class Captioner(nn.Module):
 
     def pack(self, captions):
         """Packed captions; captions: for each picture token lists, ended by <|endoftext|>."""
+        # the prefix is the beginning: its last vector predicts the first word
         rows = [([], [ids[: self.room] for ids in group]) for group in captions]
         return train_gpt2.pack(rows, self.bridge.P)
 
@@ -557,7 +556,8 @@ class ScoredCaptioner(nn.Module):
         """weights: (B, captions), of the - log p of each."""
         h = self.captioner.predict(vision, packed)
         nats = self.captioner.decoder.losses(h, packed.targets)  # (B, N)
-        weight = weights.gather(1, packed.owner.clamp(min=0))  # (B, N), of a token's caption
+        # (B, N), of a token's caption; padding has no loss, so it may have any
+        weight = weights.gather(1, packed.owner.clamp(min=0))
         return None, (nats * weight).sum() / len(weights)
 
 
@@ -633,7 +633,8 @@ def rewards_of(samples, references, cider, tokenizer):
     references = [cider.weigh(words) for words in references]
     rewards = []
     for ids, text in zip(samples, train_gpt2.decode(samples, tokenizer), strict=True):
-        words = coco_eval.tokenize(text) + [END] * ids.count(tokenizer.eot_token)
+        words = coco_eval.tokenize(text)
+        words += [END] * ids.count(tokenizer.eot_token)  # none, if it was cut
         rewards.append(cider.score(references, words))
     return rewards
 

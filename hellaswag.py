@@ -23,7 +23,7 @@ ripping level tiles off." / "is holding a rubik's cube." / "starts pulling up ro
 Published for OpenAI's GPT-2 124M: token mean acc 0.2859, acc_norm 0.2955; harness acc 0.2892,
 acc_norm 0.3114. With 10,042 items the standard error is 0.0046.
 
-This file has the items and the counting. To read, in three minutes: what the model reads, how
+This file has the items and the counting. To read, in four minutes: what the model reads, how
 likely it finds an ending, and the two ways to count.
 """
 import hashlib

@@ -11,14 +11,13 @@ GPT-2 from scratch: the model, how it is trained, and what can be done with it.
 The same command continues an interrupted run. A run lives in runs/<preset>/: ckpt.pt, log.csv,
 curves.png, and best.safetensors, of the lowest validation loss, where text is read again and again.
 
-The toy run is not GPT-2's recipe: in its few minutes it learns to look things up only with Muon, a
-rate that is flat, then falls linearly, and positions that begin as sinusoids (chapters 4 and 6).
-`--preset gpt2` has GPT-3's rates, shortened to 10 B tokens: AdamW, a cosine, random positions.
+`--preset gpt2` has GPT-3's rates, shortened to 10 B tokens. The toy run has another recipe, with
+what helps a short training (chapters 4 and 6).
 
-To read, in an evening: 1 the model, 2 generation, 3 data, 4 the recipe, 5 training; hellaswag.py;
-the toy text in fineweb.py; 6 Muon and sinusoids; before caption.py, 7 packing. After the banner,
-for another evening: the loss in chunks, and how OpenAI's weights are read (from_pretrained). For
-reference: evaluation, devices and processes, the folder of a run, the command line.
+To read: 1 the model, 2 generation, 3 data, 4 the recipe, 5 training; hellaswag.py. On the second
+evening the toy text in fineweb.py; 6 Muon and sinusoids; before caption.py, 7 packing. After the
+banner, for another evening: the loss in chunks, and how OpenAI's weights are read
+(from_pretrained). For reference: evaluation, devices and processes, the folder of a run.
 
 Letters beside the code: B batch, T time (tokens), C width, nh heads, hs head size, V vocabulary,
 P prefix, N targets of a row. GPT-2: Radford et al. 2019, which tells little of how it was trained;
@@ -94,7 +93,7 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_head, -1).transpose(1, 2)
         if cache is not None:  # chapter 2
             k, v = cache.extend(k, v)  # (B, nh, all so far, hs)
-        # a single new position may see everything so far, so it needs no causal mask
+        # chapter 2 decodes one new position at a time: it may see all so far, and needs no mask
         y = attention(q, k, v, mask, is_causal=mask is None and T > 1)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.c_proj(y)
@@ -112,8 +111,8 @@ def attention(q, k, v, mask=None, is_causal=False):
             scores = scores.masked_fill(~mask, -math.inf)
         return scores.softmax(dim=-1) @ v
 
-    FlashAttention (Dao et al. 2022) computes the same in tiles, and never stores the scores;
-    PyTorch chooses it on GPUs (tested by test_decoder_equals_a_plain_float64_one).
+    FlashAttention (Dao et al. 2022) computes the same in tiles, and never stores the scores; on
+    GPUs PyTorch chooses such a kernel (tested by test_decoder_equals_a_plain_float64_one).
     """
     return fast_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
 
@@ -409,9 +408,9 @@ class Recipe:
 
 
 PRESETS = {  # T, V, layers, heads, C
-    # 0.9 M parameters, for the toy data (seen, not explained: with an init_std of .02 its loss
-    # stays on a plateau); 16 M, for real text on a CPU
+    # for the toy data, 0.9 M parameters (with an init_std of .02 its loss was seen on a plateau)
     "tiny": GPTConfig(fineweb.TOY_BLOCK, 431, 4, 4, 128, init_std=0.06, sinusoids=True),
+    # for real text on a CPU, 16 M
     "small": GPTConfig(256, 50257, 4, 4, 256, init_std=0.04),
     # OpenAI's four sizes: 124 M (with two recipes), 355 M, 774 M and 1,558 M
     "gpt2": GPTConfig(1024, 50257, 12, 12, 768),
@@ -429,9 +428,8 @@ RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up steps
     # with a context of 2,048 and a batch that grew
     "gpt2": Recipe(19_073, 524_288, 16, 6e-4, 715),
     # Not yet run at full size: 4.5 B tokens with Muon at .01, a flat rate, then linear, no decay.
-    # That is near record 4 of modded-nanogpt. On FineWeb llm.c's loss after 10 B tokens is 3.28;
-    # record 4 reached it with 3.3 B (and rotary positions). AdamW's rate and warm-up are those of
-    # its AdamW baseline
+    # That is near record 4 of modded-nanogpt, which reached with 3.3 B tokens (and rotary positions)
+    # what took llm.c 10 B
     "gpt2-fast": Recipe(8_600, 524_288, 16, 1.8e-3, 250, cooldown=0.29, muon=5.6, weight_decay=0.0),
     "gpt2-medium": Recipe(19_073, 524_288, 8, 3e-4, 715),
     "gpt2-large": Recipe(19_073, 524_288, 4, 2.5e-4, 715),
@@ -464,7 +462,7 @@ def configure_optimizer(model, recipe):
     """AdamW (Loshchilov & Hutter 2019) for what is trained; with recipe.muon see chapter 6.
 
     AdamW divides each number's step by the usual size of its gradient. betas: how long it
-    remembers the gradient (10 steps) and its size (20 steps).
+    remembers the gradient (10 steps) and its size (20 steps). lr_scale: chapter 6.
     """
     options = {"lr": recipe.lr, "betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
     if recipe.muon:
@@ -567,7 +565,7 @@ def fit(run, model, batches, evaluate, device):
     for step, micro_batches in batches:
         if step % recipe.eval_every == 0:  # at step 0 the loss is near ln V: any token may follow
             run.save()  # before the evaluation, which takes a while
-            run.record(evaluate())  # log.csv, curves.png; the best weights so far are kept
+            run.record(evaluate())  # log.csv, curves.png; where it pays, the best weights so far
         lr = get_lr(step, recipe)
         for group in run.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
@@ -597,7 +595,7 @@ def train(preset, data, out, recipe, seed=0, init=None):
             items = load_hellaswag(tokenizer) if preset.startswith("gpt2") else []
 
             def evaluate():
-                model.frozen_head = centered_head(model)  # loses less in bf16, as in --eval
+                model.frozen_head = centered_head(model)  # the same, with less rounding in bf16
                 sizes = (recipe.eval_tokens, recipe.micro_batch)
                 row = validate(fast_model, val_sets, tokenizer, *sizes, device)
                 if items and run.step >= recipe.eval_every:  # not in a trial of 20 steps
@@ -684,7 +682,7 @@ def muon_groups(model, recipe):
 
 
 def split(matrix):
-    """The square maps in a matrix: c_attn's are q, k and v; cross-attention's kv are two."""
+    """The maps in a matrix: c_attn has q, k and v, cross-attention's kv two; an MLP's is one."""
     rows, columns = matrix.shape
     squares = rows / columns
     return matrix.chunk(int(squares)) if squares in (2, 3) else [matrix]
@@ -693,9 +691,9 @@ def split(matrix):
 def orthogonalize(G):
     """U V^T for each matrix U S V^T of G (n, rows, columns), roughly, by Newton-Schulz steps.
 
-    Each step makes s -> 3.4445 s - 4.7750 s^3 + 2.0315 s^5 of every singular value s, which takes
-    all but the smallest of them, from at most 1, to about .7 ... 1.2 in five steps. It needs matrix
-    products alone, in bf16 where that is fast.
+    X X^T X is U S^3 V^T, so a polynomial of odd powers of X acts on S alone. A step makes
+    s -> 3.4445 s - 4.7750 s^3 + 2.0315 s^5, which takes all but the smallest s, from at most 1, to
+    about .7 ... 1.2 in five steps. It needs matrix products alone, in bf16 where that is fast.
     """
     X = G.bfloat16() if uses_bf16(G.device) else G
     tall = X.size(1) > X.size(2)
@@ -811,7 +809,7 @@ def lay_out(beginning, continuations, P):
     source = []
     targets = []
     owner = []
-    for k, tokens in enumerate(continuations):
+    for k, tokens in enumerate(continuations):  # len(part) is the next free place
         inputs = tokens[:-1]  # the last token is never an input
         # the end of the beginning predicts the first token, each token the one after it
         source += [end - 1, *range(len(part), len(part) + len(inputs))]
