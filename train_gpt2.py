@@ -428,8 +428,8 @@ RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up steps
     # with a context of 2,048 and a batch that grew
     "gpt2": Recipe(19_073, 524_288, 16, 6e-4, 715),
     # Not yet run at full size: 4.5 B tokens with Muon at .01, a flat rate, then linear, no decay.
-    # That is near record 4 of modded-nanogpt, which reached with 3.3 B tokens (and rotary positions)
-    # what took llm.c 10 B
+    # That is near record 4 of modded-nanogpt, which reached llm.c's loss after 10 B tokens with 3.3
+    # (and rotary positions)
     "gpt2-fast": Recipe(8_600, 524_288, 16, 1.8e-3, 250, cooldown=0.29, muon=5.6, weight_decay=0.0),
     "gpt2-medium": Recipe(19_073, 524_288, 8, 3e-4, 715),
     "gpt2-large": Recipe(19_073, 524_288, 4, 2.5e-4, 715),
