@@ -339,6 +339,7 @@ def test_fineweb_shards_come_from_the_hub(server, tmp_path):
         fineweb.write_shard(path, np.arange(len(name) * 1000) % 50_000, 50257)
         server.files[address % name] = path.read_bytes()
     env = {**os.environ, "HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "home")}
+    env["HF_HUB_OFFLINE"] = "0"
     command = ("fineweb.py", "--tokens", "150M", "--out", tmp_path / "edu")
     process = run(*command, env=env)
     assert process.returncode == 0 and "3 shards" in process.stdout, process.stderr
