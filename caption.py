@@ -88,39 +88,38 @@ from train_gpt2 import MLP, KVCache, Recipe, Run, autocast, fit, get_lr, pick_de
 
 
 class ImageEncoder:
-    """The frozen image half of CLIP, a vision transformer (Dosovitskiy et al. 2021):
+    """The frozen image half of CLIP, a vision transformer (Dosovitskiy et al. 2021).
 
-        patches = conv(image)                     # squares of 14 x 14 pixels for ViT-L/14, each
-        patches = patches.flatten(2).mT           # mapped to D numbers: (B, 256, D)
-        x = torch.cat([class_token, patches], 1)  # (B, 257, D); the class token is learned
-        x = ln_pre(x + positions)
-        for block in blocks[:-1]:                 # of attention and MLP, as GPT-2's, but every
-            x = block(x)                          # token may attend to every other
-        return x
-
-    We take the tokens after the second-to-last block: in OpenAI's CLIP only the class token goes
-    on from the last one into the loss, so nothing tells it what to make of the patches there. (The
+    Its blocks have attention and an MLP, as GPT-2's, but every token may attend to every other. We
+    take the tokens after the second-to-last block: in OpenAI's CLIP only the class token goes on
+    from the last one into the loss, so nothing tells it what to make of the patches there. (The
     toy's CLIP averages its patches instead; its second-to-last block is better, too.)
     """
 
     def __init__(self, visual, preprocess, digest):
         self.visual = train_gpt2.freeze(visual, pick_device())
-        # what the blocks add to stays fp32: half the error of bf16 in the tokens (.4 %, not .8)
-        visual.conv1.register_forward_hook(lambda conv, inputs, patches: patches.float())
+        for block in visual.transformer.resblocks:
+            # PyTorch's attention on (B, T, D) copies its weights for each token: 40 times slower in
+            # bf16 on a CPU
+            block.attn.batch_first = False
         self.preprocess = preprocess  # Pillow picture to (3, H, W)
         self.digest = digest  # of what its tokens depend on
 
     @torch.no_grad()
     def __call__(self, images):
         """Prepared pictures (B, 3, H, W) to class token and patches in reading order, (B, S, D)."""
-        second_to_last = len(self.visual.transformer.resblocks) - 2
+        visual = self.visual
         with autocast(pick_device()):
-            # open_clip's name for the loop above; the class token comes apart ("prefix")
-            which = {"indices": [second_to_last], "stop_early": True, "intermediates_only": True}
-            layout = {"output_fmt": "NLC", "output_extra_tokens": True}
-            out = self.visual.forward_intermediates(images.to(pick_device()), **which, **layout)
-        class_token = out["image_intermediates_prefix"][0]
-        return torch.cat([class_token, out["image_intermediates"][0]], dim=1).float()
+            patches = visual.conv1(images.to(pick_device()))  # (B, D, 16, 16) for ViT-L/14: each
+            patches = patches.flatten(2).mT  # square of 14 x 14 pixels as D numbers, (B, 256, D)
+            class_token = visual.class_embedding.expand(len(images), 1, -1)  # learned
+            # what the blocks add to stays fp32: half the error of bf16 in the tokens (.4 %, not .8)
+            x = torch.cat([class_token, patches.float()], dim=1)  # (B, 257, D)
+            x = visual.ln_pre(x + visual.positional_embedding)
+            x = x.transpose(0, 1)  # (257, B, D)
+            for block in visual.transformer.resblocks[:-1]:
+                x = block(x)
+        return x.transpose(0, 1)
 
 
 def pool_tokens(tokens):
@@ -152,30 +151,44 @@ def pool_tokens(tokens):
 
 
 def look_at_nothing(i, x):
-    """The look() of a bridge whose prefix has all: x as it is."""
+    """What look() gives for a bridge whose prefix has all: x stays as it is."""
     return x
 
 
+class Projection(nn.Module):
+    """A linear map of each vision token to the decoder's width, and positions to tell them apart.
+
+    All three bridges begin with it.
+    """
+
+    def __init__(self, S, D, decoder):
+        super().__init__()
+        C = decoder.config.n_embd
+        self.norm = nn.LayerNorm(D)
+        self.linear = nn.Linear(D, C)
+        nn.init.normal_(self.linear.weight, std=token_scale(decoder) / math.sqrt(D))
+        self.positions = nn.Parameter(token_scale(decoder) * torch.randn(S, C))
+
+    def forward(self, vision):
+        return self.linear(self.norm(vision)) + self.positions  # (B, S, C)
+
+
 class LinearBridge(nn.Module):
-    """A linear map of each vision token, as in LiMBeR (Merullo et al. 2022), and positions.
+    """The projection alone, as in LiMBeR (Merullo et al. 2022).
 
     LiMBeR showed that a linear map is enough to read a frozen image encoder with a frozen language
     model. ClipCap (Mokady et al. 2021) maps one vector of a picture to a prefix: by a transformer
-    where GPT-2 stays frozen, by an MLP where it is trained, too. The other two bridges begin with
-    this map. Its positions begin at zero, since a prefix gets the decoder's own in addition.
+    where GPT-2 stays frozen, by an MLP where it is trained, too.
     """
 
     def __init__(self, S, D, decoder):
         super().__init__()
         self.P = S
-        C = decoder.config.n_embd
-        self.norm = nn.LayerNorm(D)
-        self.project = nn.Linear(D, C)
-        self.positions = nn.Parameter(torch.zeros(S, C))
-        nn.init.normal_(self.project.weight, std=token_scale(decoder) / math.sqrt(D))
+        self.projection = Projection(S, D, decoder)
+        nn.init.zeros_(self.projection.positions)  # a prefix gets the decoder's own in addition
 
     def prefix(self, vision):
-        return self.project(self.norm(vision)) + self.positions  # (B, S, C)
+        return self.projection(vision)  # (B, S, C)
 
     def look(self, vision):
         return look_at_nothing
@@ -199,23 +212,21 @@ class QFormerBridge(nn.Module):
         super().__init__()
         C = decoder.config.n_embd
         self.P = 32
-        self.linear = LinearBridge(S, D, decoder)
-        # nothing is added to these positions, so they begin at random
-        nn.init.normal_(self.linear.positions, std=token_scale(decoder))
-        self.queries = nn.Parameter(0.02 * torch.randn(self.P, C))
+        self.projection = Projection(S, D, decoder)
         self.ln = nn.LayerNorm(C)
+        self.queries = nn.Parameter(0.02 * torch.randn(self.P, C))
         n_layer = max(1, min(4, decoder.config.n_layer // 3))  # 1 for the toy, 4 for the 124M
         self.layers = nn.ModuleList(QFormerLayer(decoder.config) for _ in range(n_layer))
         self.ln_f = nn.LayerNorm(C)
-        self.project = nn.Linear(C, C)
-        nn.init.normal_(self.project.weight, std=token_scale(decoder) / math.sqrt(C))
+        self.linear = nn.Linear(C, C)
+        nn.init.normal_(self.linear.weight, std=token_scale(decoder) / math.sqrt(C))
 
     def prefix(self, vision):
-        vision = self.ln(self.linear.prefix(vision))  # (B, S, C)
+        vision = self.ln(self.projection(vision))  # (B, S, C)
         x = self.queries.expand(len(vision), -1, -1)  # (B, 32, C)
         for layer in self.layers:
             x = layer(x, vision)
-        return self.project(self.ln_f(x))  # (B, 32, C)
+        return self.linear(self.ln_f(x))  # (B, 32, C)
 
     def look(self, vision):
         return look_at_nothing
@@ -261,8 +272,7 @@ class CrossAttentionBridge(nn.Module):
         super().__init__()
         self.P = 1  # <|endoftext|> stands before the caption
         C = decoder.config.n_embd
-        self.linear = LinearBridge(S, D, decoder)
-        nn.init.normal_(self.linear.positions, std=token_scale(decoder))
+        self.projection = Projection(S, D, decoder)
         self.ln = nn.ModuleList(nn.LayerNorm(C) for _ in decoder.h)
         self.cross_attn = nn.ModuleList(Attention(decoder.config) for _ in decoder.h)
         for cross_attn in self.cross_attn:
@@ -273,15 +283,15 @@ class CrossAttentionBridge(nn.Module):
         return None
 
     def look(self, vision):
-        vision = self.linear.prefix(vision)  # (B, S, C)
+        vision = self.projection(vision)  # (B, S, C)
         keys_values = []  # once for all tokens
         for ln, cross_attn in zip(self.ln, self.cross_attn, strict=True):
             keys_values.append(cross_attn.keys_values(ln(vision)))
 
-        def look(i, x):
+        def look_at_picture(i, x):
             return x + self.cross_attn[i](self.ln[i](x), *keys_values[i])  # (B, T, C)
 
-        return look
+        return look_at_picture
 
 
 class Attention(nn.Module):
@@ -340,9 +350,7 @@ def build(name, S, D, decoder):
 #     cross              reads     <|endoftext|>   a     red      circle             P = 1
 #                        predicts  a               red   circle   <|endoftext|>
 #
-# All captions of a picture are packed after one prefix (train_gpt2.py, chapter 7), where each
-# attends to the prefix and to itself: one pass over P + 5 * 12 tokens does the work of five over
-# P + 12.
+# The decoder's causal mask holds for the prefix, too: v1 cannot attend to v2.
 
 
 class Captioner(nn.Module):
@@ -370,11 +378,24 @@ class Captioner(nn.Module):
             x = block(x, mask, cache[i] if cache else None)
         return self.decoder.ln_f(x)
 
-    def pack(self, captions):
-        """Packed captions; captions: for each picture token lists, ended by <|endoftext|>."""
-        # the prefix is the beginning: its last vector predicts the first word
-        rows = [([], [ids[: self.room] for ids in group]) for group in captions]
-        return train_gpt2.pack(rows, self.bridge.P)
+    def loss_of_one(self, vision, caption):
+        """The mean loss of one caption, token ids (1, T), given vision tokens (1, S, D)."""
+        P = self.bridge.P
+        positions = P + torch.arange(caption.size(1), device=caption.device)
+        words = self.decoder.embed(caption, positions)  # (1, T, C)
+        x = torch.cat([self.beginning(vision), words], dim=1)  # (1, P + T, C)
+        h = self.hidden_states(x, self.bridge.look(vision))
+        targets = F.pad(caption, (0, 1), value=self.eot)  # (1, T + 1), the end is predicted, too
+        return self.decoder.loss(h[:, P - 1 :], targets)
+
+    def forward(self, vision, packed):
+        """(None, mean loss) of packed captions, given vision tokens (B, S, D).
+
+        All captions of a picture are packed after one prefix (train_gpt2.py, chapter 7): one pass
+        over P + 5 * 12 tokens does the work of five of loss_of_one() over P + 12 (tested by
+        test_packed_captions_have_the_losses_of_separate_ones).
+        """
+        return None, self.decoder.loss(self.predict(vision, packed), packed.targets)
 
     def predict(self, vision, packed):
         """The hidden states (B, N, C) that predict the targets of packed captions."""
@@ -382,17 +403,11 @@ class Captioner(nn.Module):
         x = torch.cat([self.beginning(vision), words], dim=1)  # (B, P + T, C)
         return packed.at_source(self.hidden_states(x, self.bridge.look(vision), packed.mask))
 
-    def forward(self, vision, packed):
-        """(None, mean loss) of captions, given vision tokens (B, S, D). For one caption alone:
-
-            x = torch.cat([beginning(vision), decoder.embed(caption, positions)], dim=1)
-            h = hidden_states(x, bridge.look(vision))                # (1, P + T, C)
-            logits = decoder.logits(h[:, P - 1 :])                   # of each token, and of the end
-            loss = F.cross_entropy(logits[0], [*caption, <|endoftext|>])
-
-        (tested by test_packed_captions_have_the_losses_of_separate_ones)
-        """
-        return None, self.decoder.loss(self.predict(vision, packed), packed.targets)
+    def pack(self, captions):
+        """Packed captions; captions: for each picture token lists, ended by <|endoftext|>."""
+        # the prefix is the beginning: its last vector predicts the first word
+        rows = [([], [ids[: self.room] for ids in group]) for group in captions]
+        return train_gpt2.pack(rows, self.bridge.P)
 
     @torch.no_grad()
     def generate(self, vision, max_new_tokens=None, prompt=None, temperature=0.0, **sampling):
@@ -442,7 +457,6 @@ class Setup:
     encoder: ImageEncoder = None
     decoder: train_gpt2.GPT = None
     tokenizer: object = None
-    lm_digest: str = None
 
 
 @dataclass
@@ -463,7 +477,11 @@ class PictureSet:
 
 
 def get_micro_batches(train_set, captioner, recipe, seed, step):
-    """This rank's micro-batches of a step: [(vision, packed captions, share of the targets)]."""
+    """This rank's micro-batches of a step: [(vision, packed captions, share of the step), ...].
+
+    The loss of a step is the mean over the tokens of all its captions, so the share of a
+    micro-batch is that of its tokens.
+    """
     chosen = train_gpt2.step_indices(seed, step, recipe.batch_size, len(train_set))
 
     def targets(pictures):  # the tokens of all their captions, as pack() cuts them
@@ -613,6 +631,7 @@ def sampled_batches(train_set, captioner, recipe, seed, tokenizer, first_step):
                 groups.append(samples + train_set.captions[i][:SAMPLES])
                 rewards.append(rewards_of(samples, references[i], cider, tokenizer))
             advantages = advantages_of(torch.tensor(rewards))  # (B, K)
+            # (B, 2 K), of the K samples and then the K references of each picture
             weights = torch.cat([advantages, torch.full_like(advantages, ANCHOR)], dim=1) / SAMPLES
             batches.append((vision, captioner.pack(groups), weights, len(part) / len(chosen)))
         yield step, batches
@@ -640,7 +659,7 @@ def rewards_of(samples, references, cider, tokenizer):
 
 
 def advantages_of(rewards):
-    """Each reward (B, K) less the mean of the picture's K - 1 others."""
+    """Each reward (B, K) minus the mean of the picture's K - 1 others."""
     baselines = (rewards.sum(1, keepdim=True) - rewards) / (rewards.size(1) - 1)
     return rewards - baselines
 
@@ -767,8 +786,7 @@ def map_facts(setup, pictures):
         idx = torch.cat([maps, prompts], dim=1).to(pick_device())
         with autocast(pick_device()):
             out = train_gpt2.generate(setup.decoder, idx, 8, temperature=0, stop=newline)
-        texts = [tokenizer.decode(row[maps.size(1) :]) for row in out.tolist()]
-        return [text.split("\n")[0] for text in texts]
+        return [tokenizer.decode(row[maps.size(1) :]) for row in out.tolist()]
 
     return ask_facts(pictures, tokenizer, answer)
 
@@ -788,10 +806,6 @@ def evaluate(out, setup, beam=None):
     """
     out = Path(out)
     captioner = load_captioner(out / "best.safetensors", setup)
-    about, _ = read_bridge(out / "best.safetensors")
-    if about["digest of pictures or captions"] != pictures_digest(setup):
-        problem = f"{out} was trained on other pictures, captions or another split"
-        raise UserError(problem, "name its own with --data, or choose another --out")
     val_set = load_pictures(setup, "test" if setup.karpathy else "val")
     shuffled = replace(val_set, rows=np.roll(val_set.rows, 1))
     decoding = f"beam {beam}" if beam else "greedy"
@@ -877,26 +891,17 @@ def compare(args):
     pictures = load_pictures(setup, "val").pictures
     if setup.tokenizer.name == "tiny" and all(picture["scene"] for picture in pictures):
         columns["map in words"] = map_facts(setup, pictures)
-    table = "\n".join(comparison(columns))
+    rows = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for key in dict.fromkeys(itertools.chain(*columns.values())):
+        cells = [row.get(key, "") for row in columns.values()]
+        cells = [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells]
+        rows.append(f"| {key} | {' | '.join(cells)} |")
+    table = "\n".join(rows)
     if train_gpt2.rank() == 0:
         with fineweb.atomic_write(folder / "table.md", "w") as file:
             file.write(table + "\n")
         train_gpt2.draw_chart(folder / "curves.png", "validation loss, nats per token", curves)
     print(f"\n{table}\n\n{folder} has table.md and curves.png")
-
-
-def comparison(columns):
-    """The lines of --compare's table."""
-    yield f"| | {' | '.join(columns)} |"
-    yield "|---" * (len(columns) + 1) + "|"
-    losses = dict.fromkeys(("nats per caption", "shuffled", "CIDEr", "METEOR"), ".3f")
-    facts = [*coco_eval.FACTS, "captions true", "objects, unseen pairs", "objects, shuffled"]
-    counts = dict.fromkeys(("parameters", "steps", "seconds"), ",.0f")
-    rows = counts | losses | dict.fromkeys(facts, ".2f")
-    for key, form in rows.items():
-        cells = [format(row[key], form) if key in row else "" for row in columns.values()]
-        if any(cells):
-            yield f"| {key} | {' | '.join(cells)} |"
 
 
 # -----------------------------------------------------------------------------
@@ -905,22 +910,17 @@ def comparison(columns):
 
 @contextlib.contextmanager
 def recorded_attention():
-    """Within this context attention() is its plain form, which keeps its weights in this list."""
+    """Within this context attention() keeps its weights in this list."""
     weights = []
     usual = train_gpt2.attention
 
     def attention(q, k, v, mask=None, is_causal=False):
-        with torch.autocast(q.device.type, enabled=False):
-            scores = q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.size(-1))
-        scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
-        weights.append(scores.softmax(dim=-1))  # (B, nh, queries, keys)
+        weights.append(train_gpt2.attention_weights(q, k, mask, is_causal))
         return usual(q, k, v, mask, is_causal)
 
     train_gpt2.attention = attention
-    try:
-        yield weights
-    finally:
-        train_gpt2.attention = usual
+    yield weights
+    train_gpt2.attention = usual
 
 
 @torch.no_grad()
@@ -931,10 +931,9 @@ def word_attention(captioner, vision, text, tokenizer):
     the picture (1, S, D) and the text. With a Q-Former words see queries, and those the picture.
     """
     ids = tokenizer.encode_ordinary(text)[: captioner.room]
-    packed = captioner.pack([[[*ids, captioner.eot]]]).to(vision.device)
     with autocast(vision.device), recorded_attention() as weights:
-        captioner.predict(vision, packed)
-    weights = [layer.mean((0, 1)) for layer in weights]  # each (queries, keys)
+        captioner.loss_of_one(vision, torch.tensor([ids], device=vision.device))
+    weights = [layer.float().mean((0, 1)) for layer in weights]  # each (queries, keys)
     n_layer = len(captioner.decoder.h)
     if isinstance(captioner.bridge, CrossAttentionBridge):
         seen = torch.stack(weights[::2]).mean(0)  # (P + T, S), before each block's own
@@ -942,7 +941,7 @@ def word_attention(captioner, vision, text, tokenizer):
         seen = torch.stack(weights[-n_layer:]).mean(0)[:, : captioner.bridge.P]
     if isinstance(captioner.bridge, QFormerBridge):
         seen = seen @ torch.stack(weights[1:-n_layer:2]).mean(0)  # (P + T, 32) @ (32, S)
-    seen = seen[packed.source[0, : len(ids)]].cpu().numpy()
+    seen = seen[captioner.bridge.P - 1 :][: len(ids)].cpu().numpy()  # where each is predicted
     pieces = [tokenizer.decode_single_token_bytes(token) for token in ids]
     starts = [k for k in range(1, len(ids)) if pieces[k].startswith(b" ")]
     words = [b"".join(part).decode(errors="replace") for part in np.split(pieces, starts)]
@@ -1063,13 +1062,12 @@ def trained_captioner(args):
         setup = open_setup(choose_setup(args, about=read_bridge(file)[0]), make=False)
         return load_captioner(file, setup), setup
     out, names, base = choose_run(args, seed=0)
+    setup = open_setup(names)
     if not train_gpt2.is_finished(out):
         print(f"missing    the bridge: training {args.bridge}")
-        setup = train_bridge(args, out, names, base)
-    else:
-        setup = open_setup(names)
-        if train_gpt2.recipe_flags(args):
-            print(f"{out} is trained: flags of training are not used")
+        train_bridge(args, setup, out, base)
+    elif train_gpt2.recipe_flags(args):
+        print(f"{out} is trained: flags of training are not used")
     return load_captioner(out / "best.safetensors", setup), setup
 
 
@@ -1086,7 +1084,7 @@ def read_bridge(path):
 def load_captioner(path, setup):
     """The Captioner of a bridge's file; UserError if its decoder or CLIP were others."""
     about, tensors = read_bridge(path)
-    for flag, digest in (("lm", setup.lm_digest), ("clip", setup.encoder.digest)):
+    for flag, digest in (("lm", setup.decoder.digest), ("clip", setup.encoder.digest)):
         if about[f"digest of weights of --{flag}"] != digest:
             problem = f"{path} was trained with other weights of --{flag} (from {about[flag]})"
             raise UserError(problem, "name those, or train a bridge in another --out")
@@ -1108,8 +1106,6 @@ def load_pictures(setup, split):
     rows = np.flatnonzero(~np.isnan(features[:, 0, 0]))
     if len(rows) < len(pictures):
         print(f"left out   {len(pictures) - len(rows)} pictures ({split}) that cannot be read")
-    if not len(rows):
-        raise UserError(f"no picture of {setup.data} ({split}) can be read", "check the folder")
     pictures = [pictures[i] for i in rows]
     captions = []
     for picture in pictures:
@@ -1223,11 +1219,10 @@ def open_setup(names, make=True):
             decoder, tokenizer = train_gpt2.load_model(names.lm)
         except UserError as error:
             raise UserError(f"--lm {names.lm}: {error.problem}", "name the decoder") from error
-        lm_digest = train_gpt2.fingerprint(decoder)
+        decoder.digest = train_gpt2.fingerprint(decoder)  # before freeze() rounds it
         encoder = load_clip(names.clip)
-    decoder = train_gpt2.freeze(decoder, pick_device())
-    parts = {"encoder": encoder, "tokenizer": tokenizer, "lm_digest": lm_digest}
-    return replace(names, decoder=decoder, **parts)
+    train_gpt2.freeze(decoder, pick_device())
+    return replace(names, encoder=encoder, decoder=decoder, tokenizer=tokenizer)
 
 
 def toy_parts(seed):
@@ -1283,27 +1278,14 @@ def load_clip(which):
             reason = (str(error) or type(error).__name__).splitlines()[0][:90]
             what_to_do = f"name a vision transformer as {CLIP_FOR_CPU}, or NAME/FILE"
             raise UserError(f"--clip {which} cannot be loaded ({reason})", what_to_do) from error
-    if not isinstance(model.visual, open_clip.transformer.VisionTransformer):
-        raise UserError(f"--clip {which} is no vision transformer", f"name one, as {CLIP_FOR_CPU}")
     kinds = {type(module).__name__ for module in model.visual.modules()}
+    if not {"VisionTransformer", "ResidualAttentionBlock"} <= kinds:
+        raise UserError(f"--clip {which} is no vision transformer", f"name one, as {CLIP_FOR_CPU}")
     activation = sorted(kind for kind in kinds if "GELU" in kind)
     preprocessing = sorted(open_clip.get_model_preprocess_cfg(model).items())
     parts = [train_gpt2.fingerprint(model.visual), activation, preprocessing]
     digest = train_gpt2.short_hash(parts)
-    return ImageEncoder(time_first(model.visual), preprocess, digest)
-
-
-def time_first(visual):
-    """The same transformer, computed on (T, B, C) inside.
-
-    PyTorch's attention on (B, T, C) copies its weights for each token: 40 times slower in bf16 on a
-    CPU.
-    """
-    blocks = visual.transformer.resblocks
-    if all(isinstance(block.attn, nn.MultiheadAttention) for block in blocks):
-        for module in (visual.transformer, *(block.attn for block in blocks)):
-            module.batch_first = False
-    return visual
+    return ImageEncoder(model.visual, preprocess, digest)
 
 
 def train_clip(data, path, seed=0):
@@ -1346,8 +1328,6 @@ def train_clip(data, path, seed=0):
         nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
-        with torch.no_grad():
-            model.logit_scale.clamp_(0, math.log(100))
     train_gpt2.save_weights(path, model, {"clip": TOY_CLIP})
 
 
@@ -1394,11 +1374,10 @@ def choose_recipe(name, setup, pictures, flags, scst=False):
         lr /= 10
         decay = 0.0
     steps = flags.get("max_steps", steps)
-    warmup = max(1, round(0.03 * steps))
     evaluations = 10 if has_gpu or setup.toy else 4
     every = {"eval_every": max(1, steps // evaluations), "log_every": 20 if setup.toy else 5}
     rates = {"cooldown": 0.6, "muon": muon, "weight_decay": decay}
-    recipe = Recipe(steps, batch, batch, lr, warmup, **rates, **every)
+    recipe = Recipe(steps, batch, batch, lr, math.ceil(0.03 * steps), **rates, **every)
     recipe = train_gpt2.with_flags(recipe, flags)
     train_gpt2.check_batch_size(recipe)
     return recipe
@@ -1418,7 +1397,7 @@ def open_run(name, setup, out, bridge, train_set, recipe, base=None):
         "lm": setup.lm,
         "clip": setup.clip,
         "digest of pictures or captions": pictures_digest(setup),
-        "digest of weights of --lm": setup.lm_digest,
+        "digest of weights of --lm": setup.decoder.digest,
         "digest of weights of --clip": setup.encoder.digest,
     }
     optimizer = train_gpt2.configure_optimizer(bridge, recipe)
@@ -1426,7 +1405,6 @@ def open_run(name, setup, out, bridge, train_set, recipe, base=None):
         **{key: about[key] for key in about if key in ("bridge", "seed") or "digest" in key},
         "pictures": len(train_set),
         "batch size": recipe.batch_size,
-        "optimizer": type(optimizer).__name__,
         "digest of first weights": train_gpt2.fingerprint(bridge) if base else "",
     }
     return Run(Path(out), bridge, optimizer, recipe, identity, about, unit="pictures")
@@ -1454,34 +1432,32 @@ def choose_run(args, seed):
     names = choose_setup(args, seed)
     out = run_folder(args, names, args.bridge, args.scst)
     base = run_folder(args, names, args.bridge) if args.scst else None
+    if base and not train_gpt2.is_finished(out) and not train_gpt2.is_finished(base):
+        raise UserError(f"{base} has no trained bridge", "train it to its end first")
     file = out / "best.safetensors"
     if base and not file.exists():
         file = base / "best.safetensors"
-    if file.exists():
+    if args.eval or file.exists():
         about, _ = read_bridge(file)
         if about["bridge"] != args.bridge or (seed and seed != about["seed"]):
             problem = f"{file.parent} has a {about['bridge']} bridge, of seed {about['seed']}"
             raise UserError(problem, "choose another --out")
         names = choose_setup(args, seed, about)
-        if args.data and Path(args.data).resolve() != Path(about["data"]).resolve():
-            if pictures_digest(names) != about["digest of pictures or captions"]:
-                problem = f"{file.parent} was trained on {about['data']}, not on {args.data}"
-                raise UserError(problem, "choose another --out")
+        given = args.data or args.eval
+        if given and pictures_digest(names) != about["digest of pictures or captions"]:
+            problem = f"{file.parent} was trained on other pictures, captions or another split"
+            raise UserError(problem, "name its own with --data, or choose another --out")
     return out, names, base
 
 
-def train_bridge(args, out, names, base):
-    """Train a bridge, or that of the run `base` further on CIDEr-D; score it; returns the Setup."""
-    if base and not train_gpt2.is_finished(base):
-        raise UserError(f"{base} has no trained bridge", "train it to its end first")
-    setup = open_setup(names)
+def train_bridge(args, setup, out, base):
+    """Train a bridge, or that of the run `base` further on CIDEr-D, and score it."""
     flags = train_gpt2.recipe_flags(args)
     if base:
         train_on_scores(args.bridge, setup, out, flags, base / "best.safetensors")
     else:
         train(args.bridge, setup, out, flags)
     evaluate(out, setup, args.beam)
-    return setup
 
 
 # -----------------------------------------------------------------------------
@@ -1536,10 +1512,9 @@ def main():
         fineweb.only(parser, args, what, f"bridge scst beam seed {flags}")
         out, names, base = choose_run(args, args.seed)
         if args.eval:
-            read_bridge(out / "best.safetensors")  # fails here, before anything is loaded
             evaluate(out, open_setup(names), args.beam)
         else:
-            train_bridge(args, out, names, base)
+            train_bridge(args, open_setup(names), out, base)
     train_gpt2.leave_processes()
 
 

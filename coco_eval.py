@@ -65,7 +65,7 @@ class CIDEr:
                                            * exp(-d^2 / (2 * 6^2))
         CIDEr-D = 10 * mean of CIDEr_1 ... CIDEr_4
 
-    a cosine, clipped by min() so that repeating a word gains nothing, less for a difference of
+    a cosine, clipped by min() so that repeating a word gains nothing, and lower for a difference of
     length d (in bigrams). df comes from the pictures that are scored: a subset of them has other
     scores. With one picture all weights are 0.
 
@@ -77,25 +77,21 @@ class CIDEr:
 
     def __init__(self, references):
         """Take the document frequencies of pictures; references: token lists of each."""
-        frequency = Counter()
-        pictures = 0
+        self.df = Counter()
         for picture in references:
-            pictures += 1
             grams = set()
             for reference in picture:
                 grams.update(*ngram_counts(reference))
-            frequency.update(grams)
-        self.log_n = math.log(pictures)
-        # in the same Counter, number by number: a second one for COCO would take a gigabyte
-        self.information = frequency
-        for gram, df in frequency.items():
-            self.information[gram] = self.log_n - math.log(df)
+            self.df.update(grams)
+        self.log_n = math.log(len(references))
 
     def weigh(self, tokens):
         """(bigrams, for n = 1 ... 4 the vector {n-gram: weight} and its norm) of a caption."""
         vectors = []
         for counts in ngram_counts(tokens):
-            vector = {g: tf * self.information.get(g, self.log_n) for g, tf in counts.items()}
+            vector = {}
+            for gram, tf in counts.items():
+                vector[gram] = tf * (self.log_n - math.log(max(1, self.df[gram])))
             vectors.append((vector, math.sqrt(sum(w * w for w in vector.values()))))
         return max(0, len(tokens) - 1), vectors
 
@@ -434,16 +430,15 @@ def evaluate(references, candidates, tokenize=tokenize):
     """Score captions, {id: [str, ...]} and {id: str}. Pictures without a candidate are left out.
 
     Returns {"corpus": {"CIDEr", "METEOR", "BLEU-1", ..., "BLEU-4", "ROUGE-L"}, "per_image": {id:
-    {the same}}}. 7, 7.0 and "7" are the same id. tokenize: list, for captions that are tokens.
-    Raises UserError for a candidate without references, or no candidate.
+    {the same}}}. tokenize: list, for captions that are tokens. Raises UserError for a candidate
+    without references, or no candidate.
     """
-    known = {id_text(id): captions for id, captions in references.items()}
     if not candidates:
         raise UserError("there is no caption to score", "name a result file that has some")
     for id in candidates:
-        if not known.get(id_text(id)):
+        if not references.get(id):
             raise UserError(f"picture {id} has no references", "score it with its own annotations")
-    targets = [[*map(tokenize, known[id_text(id)])] for id in candidates]
+    targets = [[*map(tokenize, references[id])] for id in candidates]
     texts = [*map(tokenize, candidates.values())]
     scores = {}
     for metric in tqdm((cider, meteor, bleu, rouge_l), "scores", leave=False, disable=None):
@@ -466,18 +461,12 @@ def id_text(id):
 
 
 def read_captions(path):
-    """[(id of the picture, caption), ...] of a COCO annotation file, or of a list of results.
-
-    Raises UserError, with its place, for a caption that is no text.
-    """
+    """[(id of the picture, caption), ...] of a COCO annotation file, or of a list of results."""
     with fineweb.reading(path, 'JSON with "image_id" and "caption", as COCO has them'):
         content = json.loads(Path(path).read_bytes())
-        rows = []
-        for i, entry in enumerate(content["annotations"] if type(content) is dict else content):
-            if type(entry["caption"]) is not str:
-                raise TypeError(f"caption {i} is {entry['caption']}")
-            rows.append((id_text(entry["image_id"]), entry["caption"]))
-    return rows
+        entries = content["annotations"] if type(content) is dict else content
+        # + "" is a TypeError for a caption that is no text
+        return [(id_text(entry["image_id"]), entry["caption"] + "") for entry in entries]
 
 
 def read_references(path):
@@ -621,8 +610,8 @@ def download_coco(folder, val_only=False):
             if not (folder / name).exists():
                 download(f"{HOST}/{address}", archive, md5)
                 with zipfile.ZipFile(archive) as zipped:
-                    for member in tqdm(zipped.namelist(), name, unit=" files", disable=None):
-                        zipped.extract(member, unpacked)
+                    members = tqdm(zipped.namelist(), name, unit=" files", disable=None)
+                    zipped.extractall(unpacked, members)
                 os.replace(unpacked / name, folder / name)
             archive.unlink(missing_ok=True)
     print(f"COCO 2017 is in {folder}")
@@ -642,8 +631,7 @@ def download(url, path, md5):
             size = int(answer.headers["Content-Length"])
             chunks = answer.iter_content(1 << 20)
             with open(part, "ab" if done else "wb") as file:
-                for chunk in tqdm(chunks, path.name, size >> 20, unit=" MB", disable=None):
-                    file.write(chunk)
+                file.writelines(tqdm(chunks, path.name, size >> 20, unit=" MB", disable=None))
     with open(part, "rb") as file:
         digest = hashlib.file_digest(file, "md5").hexdigest()
     if digest != md5:

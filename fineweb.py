@@ -45,7 +45,8 @@ def get_tokenizer(n_vocab):
     """GPT-2's tokenizer (n_vocab 50,257; tiktoken downloads 1.5 MB once), or the toy's (431).
 
     GPT-2's is a byte-pair encoding (Sennrich et al. 2016): it begins with the 256 bytes, and the
-    most frequent pair of neighbors in its training text became a new token, 50,000 times:
+    most frequent pair of neighbors within a word of its training text became a new token, 50,000
+    times. A word has the space before it:
 
         " then"         " "  "t"  "h"  "e"  "n"          bytes
         1st merge       " t"      "h"  "e"  "n"
@@ -344,8 +345,6 @@ def hub_download(repo, name, **options):
 # -----------------------------------------------------------------------------
 # Your own text
 
-VAL_TOKENS = 4 * 1024 + 1  # at least: four windows of GPT-2's context
-
 
 def read_documents(paths):
     """Yield the texts of .txt files (one each) and .jsonl files (one a line), in order.
@@ -374,29 +373,26 @@ def text_to_shards(paths, folder):
     folder = Path(folder)
     tokenizer = get_tokenizer(50257)  # fails here, before any work
     with new_folder(folder) as building:
-        parts = encode_all(read_documents(paths), tokenizer)
-        tokens = np.concatenate([np.zeros(0, np.uint16), *parts])
-        border = len(tokens) - max(len(tokens) // 100, VAL_TOKENS)
-        if border < VAL_TOKENS:
+        encode = functools.partial(encode_document, tokenizer=tokenizer)
+        documents = read_documents(paths)
+        parts = [np.zeros(0, np.uint16)]
+        # tiktoken lets other threads run while it works
+        with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(unit=" texts", disable=None) as bar:
+            while batch := list(itertools.islice(documents, 1000)):  # in memory at a time
+                parts += pool.map(encode, batch)
+                bar.update(len(batch))
+        tokens = np.concatenate(parts)
+        least = 4 * 1024 + 1  # four windows of GPT-2's context
+        border = len(tokens) - max(len(tokens) // 100, least)
+        if border < least:
             problem = f"{len(tokens):,} tokens are too little text"
-            raise UserError(problem, f"name files with {2 * VAL_TOKENS:,} or more")
+            raise UserError(problem, f"name files with {2 * least:,} or more")
         for i, begin in enumerate(range(0, border, SHARD_TOKENS), 1):
             shard = tokens[begin : min(begin + SHARD_TOKENS, border)]
             write_shard(building / f"{folder.name}_train_{i:06d}.bin", shard, tokenizer.n_vocab)
         val_tokens = tokens[border:]
         write_shard(building / f"{folder.name}_val_000000.bin", val_tokens, tokenizer.n_vocab)
     print(f"{border:,} tokens for training, {len(val_tokens):,} for validation in {folder}")
-
-
-def encode_all(documents, tokenizer):
-    """Yield the tokens of each document, in order; a thousand texts are in memory at a time."""
-    encode = functools.partial(encode_document, tokenizer=tokenizer)
-    # tiktoken lets other threads run while it works
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(unit=" tokens", disable=None) as bar:
-        while batch := list(itertools.islice(documents, 1000)):
-            for tokens in pool.map(encode, batch):
-                bar.update(len(tokens))
-                yield tokens
 
 
 # -----------------------------------------------------------------------------
@@ -429,7 +425,7 @@ def main():
 
 
 # -----------------------------------------------------------------------------
-# Errors and flags, for all files
+# Errors, flags and files, for all files
 
 
 class UserError(SystemExit):
@@ -460,10 +456,8 @@ def command_line(main):
 
 def make_parser(docstring):
     """An argument parser whose help is the file's docstring."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(
-        description=docstring, formatter_class=formatter, allow_abbrev=False
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=docstring, formatter_class=raw, allow_abbrev=False)
 
 
 def only(parser, args, task, names=""):
@@ -476,14 +470,13 @@ def only(parser, args, task, names=""):
 
 def number(kind, low, high=10**9):
     """The argparse type of an int or float from `low` to `high`."""
-    def convert(text):
+    def numeric(text):  # argparse names it in its own messages
         value = kind(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low:,} and {high:,}")
         return value
 
-    convert.__name__ = kind.__name__  # argparse names it in its own messages
-    return convert
+    return numeric
 
 
 @contextlib.contextmanager
@@ -497,10 +490,6 @@ def reading(path, what, *errors):
     except (ValueError, KeyError, TypeError, *errors) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{path} is not {what} ({reason})", "replace it") from error
-
-
-# -----------------------------------------------------------------------------
-# Files, for all files
 
 
 @contextlib.contextmanager

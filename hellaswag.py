@@ -103,9 +103,7 @@ def render_harness(example, tokenizer):
     spaces = context[len(context.rstrip()) :]  # the harness moves them to the endings
     tokens = [tokenizer.encode_ordinary(f"{spaces} {ending}") for ending in endings]
     lengths = [max(len(ending), 1) for ending in endings]  # in characters
-    # something has to stand before an ending
-    context = tokenizer.encode_ordinary(context.rstrip()) or [tokenizer.eot_token]
-    return Item(context, tokens, lengths, example["label"])
+    return Item(tokenizer.encode_ordinary(context.rstrip()), tokens, lengths, example["label"])
 
 
 def clean(text):

@@ -15,6 +15,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import doctest
 import functools
 import hashlib
 import http.server
@@ -453,16 +454,20 @@ def test_flags_that_do_nothing_are_refused(script, args, words, tmp_path):
     assert_error(run(script, *args, cwd=tmp_path), *words)
 
 
-def test_documents_are_read_as_they_are_and_in_order(tmp_path):
+def test_documents_are_read_as_they_are_and_in_order(tmp_path, monkeypatch):
     """A blank line that becomes a document, line ends that are lost, threads that mix up texts."""
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\n\n  \n{"text": ""}\n{"text": " y "}')
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\n")
     paths = [tmp_path / "a.jsonl", tmp_path / "b.txt"]
     assert list(fineweb.read_documents(paths)) == ["x", " y ", "one\r\ntwo\n"]
     tokenizer = fineweb.get_tokenizer(431)
-    texts = [f"{i} " * (i * 7919 % 50) for i in range(2_500)]
-    encoded = fineweb.encode_all(iter(texts), tokenizer)
-    assert [tokenizer.decode(tokens[1:].tolist()) for tokens in encoded] == texts
+    monkeypatch.setattr(fineweb, "get_tokenizer", lambda n_vocab: tokenizer)
+    texts = [f"{i} " * (1 + i * 7919 % 50) for i in range(2_500)]
+    paths[0].write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    fineweb.text_to_shards(paths[:1], tmp_path / "own")
+    shards = [fineweb.read_shard(path, 431) for path in sorted((tmp_path / "own").iterdir())]
+    text = tokenizer.decode(np.concatenate(shards).tolist())
+    assert text.split("<|endoftext|>")[1:] == texts
 
 
 def test_importing_runs_nothing():
@@ -584,16 +589,28 @@ def plain_gelu(u):
     return 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
 
 
-def test_decoder_equals_a_plain_float64_one():
-    """Attention, LayerNorm, GELU, weight tying or the causal mask."""
+@pytest.mark.filterwarnings("ignore")
+def test_what_readme_tells_to_try():
+    """A line that gives something else."""
+    text = (HERE / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    tried = doctest.DocTestParser().get_doctest(text, {}, "README.md", None, 0)
+    assert doctest.DocTestRunner().run(tried) == (0, len(tried.examples))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_decoder_equals_a_plain_float64_one(fast, monkeypatch):
+    """Attention, in both forms; LayerNorm, GELU, weight tying or the causal mask."""
+    monkeypatch.setattr(train_gpt2, "FAST", fast)
     model = small_model()
     idx = torch.randint(0, 43, (12,))
     assert torch.allclose(model(idx[None])[0][0].double(), plain_decoder(model, idx), atol=1e-4)
 
 
-@pytest.mark.parametrize("rows", [300, 3000])
-def test_loss_and_its_gradients_equal_float64(rows):
+@pytest.mark.parametrize("rows", [300, 3000, 0])
+def test_loss_and_its_gradients_equal_float64(rows, monkeypatch):
     """The chunked cross-entropy: several chunks, the last one partial; padded rows of the table."""
+    monkeypatch.setattr(train_gpt2, "FAST", rows > 0)
+    rows = rows or 30  # of the plain form
     model = small_model()
     h = torch.randn(3, rows, 32, requires_grad=True)
     targets = torch.randint(0, 43, (3, rows))
@@ -791,9 +808,12 @@ def test_shards_are_found_and_told_apart(tmp_path):
     train, val = train_gpt2.open_data(tmp_path, config)
     assert len(train) == 499 // 8 and list(val) == ["a", "b_train_x"]
     assert len(val["a"]) == 2 * (499 // 8)
-    digest = train_gpt2.digest(train)
+    model = small_model(config=config)
+    parts = (model, torch.optim.AdamW(model.parameters()), Recipe(1, 8, 1, 1e-3, 1))
+    before = train_gpt2.open_run(tmp_path, *parts, train, 0, None).identity
     fineweb.write_shard(tmp_path / "a_train_000001.bin", np.arange(500)[::-1], 500)
-    assert train_gpt2.digest(train_gpt2.open_data(tmp_path, config)[0]) != digest
+    train, _ = train_gpt2.open_data(tmp_path, config)
+    assert train_gpt2.open_run(tmp_path, *parts, train, 0, None).identity != before
 
 
 def test_validation_is_the_mean_over_all_its_tokens(tmp_path, fp32):
@@ -860,8 +880,8 @@ def test_a_step_is_one_clipped_adamw_update(tmp_path, fp32):
     norm = torch.stack([g.norm() for g in grads]).norm().item()
     optimizer = train_gpt2.configure_optimizer(model, recipe)
     batches = train_gpt2.get_micro_batches(dataset, recipe, 0, 0)
-    *measured, stop = train_gpt2.train_step(model, optimizer, batches, recipe, CPU, stop=True)
-    assert measured == pytest.approx((loss.item(), norm), rel=1e-4) and norm > 1 and stop
+    measured = train_gpt2.train_step(model, optimizer, batches, recipe, CPU)
+    assert measured == pytest.approx((loss.item(), norm), rel=1e-4) and norm > 1
     # Adam's first moment is a tenth of the gradient, which was clipped to 1
     moments = torch.stack([optimizer.state[p]["exp_avg"].norm() for p in model.parameters()])
     assert moments.norm().item() == pytest.approx(0.1, rel=1e-3)
@@ -906,12 +926,12 @@ def test_seconds_are_those_of_training(tmp_path, monkeypatch, capsys):
     clock = iter(itertools.count())
     monkeypatch.setattr(train_gpt2.time, "perf_counter", lambda: next(clock))
     with small_run(tmp_path / "run") as run:
-        run.end_step(1e-3, 1.0, 1.0, False)
+        run.end_step(1.0, 1.0, 1e-3)
         for _ in range(50):  # an evaluation; each look at the clock takes a second
             train_gpt2.time.perf_counter()
         run.record({"val_val": 1.0})
         assert not train_gpt2.is_finished(tmp_path / "run")
-        run.end_step(1e-3, math.nan, 1.0, False)
+        run.end_step(math.nan, 1.0, 1e-3)
         assert run.seconds < 6 and run.rows[-1]["seconds"] == run.seconds
         assert "not finite: step 2 changed nothing" in capsys.readouterr().out
         run.finish()
@@ -926,9 +946,10 @@ def test_a_stop_saves_before_anything_is_printed(tmp_path, monkeypatch):
 
     recipe = Recipe(9, 64, 1, 1e-3, 1)
     with pytest.raises(BrokenPipeError), small_run(tmp_path / "run", recipe) as run:
-        run.end_step(1e-3, 1.0, 1.0, False)
+        run.end_step(1.0, 1.0, 1e-3)
         monkeypatch.setattr("builtins.print", closed)
-        run.end_step(1e-3, 1.0, 1.0, True)
+        run.stop = True
+        run.end_step(1.0, 1.0, 1e-3)
     saved = train_gpt2.read_checkpoint(tmp_path / "run/ckpt.pt")
     assert saved["step"] == saved["rows"][-1]["step"] == 2
 
@@ -940,7 +961,7 @@ def test_the_best_weights_are_kept(tmp_path):
             first = run.step
             for step, loss in list(enumerate((5.0, 3.0, math.nan, 4.0)))[first:]:
                 run.model.weight.data.fill_(step)
-                run.end_step(1e-3, 1.0, 1.0, False)
+                run.end_step(1.0, 1.0, 1e-3)
                 run.record({"val_a": loss, "val_b": loss + 1})
                 if step == 1:
                     run.save()
@@ -991,9 +1012,10 @@ def test_muon_is_its_formula(fp32):
     twin = small_model()
     optimizer = train_gpt2.configure_optimizer(model, recipe)
     adamw = train_gpt2.configure_optimizer(twin, dataclasses.replace(recipe, muon=0.0))
-    weight = model.h[0].attn.c_attn.weight
-    expected = weight.detach().clone()
-    momentum = torch.zeros_like(expected)
+    block = model.h[0]
+    scales = {block.attn.c_attn.weight: 1, block.mlp.c_fc.weight: 2, block.mlp.c_proj.weight: 2}
+    expected = {weight: weight.detach().clone() for weight in scales}
+    momentum = {weight: torch.zeros_like(weight) for weight in scales}
     for step in range(3):
         for net, opt in ((model, optimizer), (twin, adamw)):
             torch.manual_seed(step)
@@ -1001,13 +1023,15 @@ def test_muon_is_its_formula(fp32):
                 p.grad = torch.randn_like(p)
             for group in opt.param_groups:
                 group["lr"] = 1e-2 * group["lr_scale"]
-            if net is model:
-                momentum = 0.95 * momentum + weight.grad
-                update = weight.grad + 0.95 * momentum
-                parts = [train_gpt2.orthogonalize(part[None])[0] for part in update.chunk(3)]
-                expected = expected - 0.05 * (torch.cat(parts) + 0.1 * expected)
+            for weight, scale in scales.items() if net is model else ():
+                momentum[weight] = 0.95 * momentum[weight] + weight.grad
+                update = weight.grad + 0.95 * momentum[weight]
+                parts = update.chunk(3 if scale == 1 else 1)  # q, k and v
+                update = torch.cat([train_gpt2.orthogonalize(part[None])[0] for part in parts])
+                expected[weight] = 0.995 * expected[weight] - 0.05 * scale * update
             opt.step()
-    assert torch.allclose(weight, expected, atol=1e-5)
+    for weight in scales:
+        assert torch.allclose(weight, expected[weight], atol=1e-5)
     for (name, p), other in zip(model.named_parameters(), twin.parameters(), strict=True):
         hidden = name.startswith("h.") and p.dim() == 2
         assert torch.allclose(p, other, atol=1e-6) != hidden, name
@@ -1517,16 +1541,20 @@ def test_a_frozen_head_changes_no_probability(monkeypatch):
             model.wte.weight += shift
             model.wpe.weight -= shift  # as OpenAI's: the embeddings are what they were
             h = model.hidden_states(model.embed(idx)).bfloat16()
-            model.frozen_head = model.wte.weight.bfloat16()
             if centered:
-                model.frozen_head = train_gpt2.centered_head(model)
+                train_gpt2.center_head(model)
+            else:
+                model.head = lambda model=model: model.wte.weight.bfloat16()
             log_p = model.logits(h).float().log_softmax(-1)
             errors[offset, centered] = (log_p - exact).abs().mean().item()
     assert errors[-100, False] > 2 * errors[0, False]
     assert errors[-100, True] < 1.1 * errors[0, False]
     train_gpt2.freeze(model, CPU)
-    assert model.frozen_head.dtype == torch.bfloat16 and "frozen_head" not in model.state_dict()
-    assert model.wte.weight.dtype == torch.float32
+    assert model.head().dtype == torch.bfloat16 and model.wte.weight.dtype == torch.float32
+    model = small_model(config=config)
+    with train_gpt2.centered_head(model):
+        assert model.head().dtype == torch.bfloat16
+    assert model.head() is model.wte.weight
 
 
 @real_data
@@ -2093,7 +2121,7 @@ def test_scoring_from_the_command_line(tmp_path):
 
 @pytest.mark.parametrize("results, words", [
     ("[]", "no caption"), ("{", "JSON"), ('{"a": 1}', "'annotations'"),
-    ('[{"image_id": 1}]', "'caption'"), ('[{"image_id": 1, "caption": null}]', "caption 0 is None"),
+    ('[{"image_id": 1}]', "'caption'"), ('[{"image_id": 1, "caption": null}]', "TypeError"),
     ('[{"image_id": 1, "caption": "a"}, {"image_id": 1.0, "caption": "b"}]', "of picture 1"),
     ('[{"image_id": 7, "caption": "a"}]', "picture 7"),
     ('[{"image_id": 1, "caption": "a"}, {"image_id": "1", "caption": "b"}]', "two captions")])
@@ -2175,7 +2203,7 @@ def test_a_folder_of_own_pictures(tmp_path):
         ({"annotations": []}, "images"), ({**content, "images": images[:1] * 2}, "the same id"),
         ({**content, "images": images[1:]}, "picture 0"),
         ({"images": images, "annotations": annotations[:1]}, "too few pictures"),
-        ({"images": images, "annotations": [{"image_id": 0, "caption": None}]}, "0 is None"),
+        ({"images": images, "annotations": [{"image_id": 0, "caption": None}]}, "TypeError"),
         ({"images": [{"id": 1}], "annotations": []}, "file_name")]
     for content, words in wrong:
         write_json(path, content)
@@ -2266,27 +2294,6 @@ def test_pictures_of_every_kind_are_read_right(tmp_path):
             coco_eval.load_image(tmp_path / name)
 
 
-@real_data
-def test_odd_pictures_are_read_or_refused_by_name():
-    """41 difficult files: half-decoded pictures, wrong sizes, orientation."""
-    folder = REAL / "odd-images"
-    refused = 0
-    for entry in json.loads((folder / "manifest.json").read_text()):
-        path = folder / entry["file"]
-        with Image.open(path) if entry["decodes"] else contextlib.nullcontext() as image:
-            deep = image is not None and image.mode[0] in "IF"
-        if deep or not entry["decodes"]:
-            refused += deep
-            with pytest.raises(UserError, match=entry["file"]):
-                coco_eval.load_image(path)
-            continue
-        turned = entry["exif_orientation"] in (5, 6, 7, 8)
-        size = entry["size"][::-1] if turned else entry["size"]
-        image = coco_eval.load_image(path)
-        assert image.mode == "RGB" and list(image.size) == size, entry
-    assert 0 < refused < 6
-
-
 # -----------------------------------------------------------------------------
 # caption.py
 
@@ -2344,6 +2351,9 @@ def test_packed_captions_have_the_losses_of_separate_ones(name, precision):
     for b, captions in enumerate(pictures.captions):
         for k, tokens in enumerate(captions):
             loss = plain_caption_loss(model, vision[b], tokens).sum().item()
+            caption_ids = torch.tensor([tokens[:-1]], dtype=torch.long)
+            alone = model.loss_of_one(vision[b : b + 1], caption_ids)
+            assert alone.item() * len(tokens) == pytest.approx(loss, rel=1e-5)
             assert each[b][packed.owner[b] == k].sum().item() == pytest.approx(loss, rel=1e-5)
     count = (packed.targets >= 0).sum().item()
     assert count == sum(map(len, itertools.chain(*pictures.captions)))
@@ -2368,7 +2378,7 @@ def test_only_the_bridge_learns(name, precision):
     assert all(torch.equal(p, frozen[n]) for n, p in model.decoder.state_dict().items())
     assert not any(p.requires_grad for p in model.decoder.parameters())
     for n, p in model.bridge.state_dict().items():
-        still = ".bias" in n or (name == "blind" and n == "norm.weight")  # it multiplies zeros
+        still = ".bias" in n or (name == "blind" and "norm" in n)  # it multiplies zeros
         assert still or not torch.equal(p, before[n]), n
     assert all(p.dtype == torch.float32 for p in model.bridge.parameters())
 
@@ -2553,11 +2563,12 @@ def test_bridges_equal_plain_float64_ones():
     y = y + float64(layer.cross_attn, float64(layer.ln_cross, y), wide)
     assert torch.allclose(layer(x[None], wide[None])[0].double(), y, atol=1e-4)
     bridge = small_captioner("cross").bridge
-    seen = float64(bridge.ln[1], bridge.linear.prefix(vision))
+    seen = float64(bridge.ln[1], bridge.projection(vision))
     expected = x.double() + float64(bridge.cross_attn[1], float64(bridge.ln[1], x), seen)
     assert torch.allclose(bridge.look(vision[None])(1, x[None])[0].double(), expected, atol=1e-4)
     bridge = small_captioner("linear").bridge
-    y = float64(bridge.project, float64(bridge.norm, vision)) + bridge.positions
+    projection = bridge.projection
+    y = float64(projection.linear, float64(projection.norm, vision)) + projection.positions
     assert torch.allclose(bridge.prefix(vision[None])[0].double(), y, atol=1e-5)
 
 
@@ -2594,7 +2605,7 @@ def test_frozen_parts_have_the_weights_that_products_need(name, monkeypatch):
     monkeypatch.setattr(train_gpt2, "uses_bf16", lambda device: True)
     train_gpt2.freeze(model.decoder, CPU)
     assert model.decoder.h[0].ln_1.weight.dtype == model.decoder.wpe.weight.dtype == torch.float32
-    assert model.decoder.frozen_head.dtype == torch.bfloat16
+    assert model.decoder.head().dtype == torch.bfloat16
     weights = {(96, 32)}  # c_attn, whose shape nothing in a bridge has
     with train_gpt2.autocast(CPU), torch.profiler.profile(record_shapes=True) as profile:
         _, loss = model(vision, packed)
@@ -2787,7 +2798,7 @@ def test_a_comparison_of_all_bridges(captions_run):
     rows = {row[0]: row[1:] for row in rows}
     assert rows.keys() > {"nats per caption", "place", "objects, unseen pairs", "captions true"}
     scores = json.loads((folder / "all/cross/scores.json").read_text())
-    assert rows["place"][1] == f"{scores['place']:.2f}" and len(rows["nats per caption"]) == 4
+    assert rows["place"][1] == f"{scores['place']:.3f}" and len(rows["nats per caption"]) == 4
     assert (folder / "all/compare/curves.png").exists()
 
 
@@ -2853,7 +2864,7 @@ def test_a_run_on_other_pictures_is_not_taken_for_this_one(captions_run, shapes,
     picture = shapes / "val/000001.png"
     for task in (["--eval"], ["--sample", picture], flags[8:]):
         process = run("caption.py", *moved, *task, cwd=folder)
-        assert_error(process, f"was trained on {shapes}, not on {tmp_path / 'shapes'}")
+        assert_error(process, "trained on other pictures, captions or another split")
     shutil.copytree(folder / "runs/shapes-cross", tmp_path / "runs/shapes-cross")
     (tmp_path / "runs/shapes-cross/best.safetensors").unlink()  # rewritten under a run
     process = run("caption.py", *moved[:8], *flags[8:], cwd=tmp_path)
@@ -3277,7 +3288,7 @@ def test_full_size(tmp_path, monkeypatch, capsys):
     B, D = (64, 1024) if gpu else (4, 12)
     if gpu:
         clip = open_clip.create_model("ViT-L-14-quickgelu").visual
-        encoder = caption.ImageEncoder(caption.time_first(clip), None, "")
+        encoder = caption.ImageEncoder(clip, None, "")
         timed("ViT-L/14", 64, "pictures", encoder, torch.randn(64, 3, 224, 224))
     vision = torch.randn(B, 33, D)
     ids = tokenizer.encode_ordinary(" a red circle above a blue one")

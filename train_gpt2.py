@@ -11,13 +11,11 @@ GPT-2 from scratch: the model, how it is trained, and what can be done with it.
 The same command continues an interrupted run. A run lives in runs/<preset>/: ckpt.pt, log.csv,
 curves.png, and best.safetensors, of the lowest validation loss, where text is read again and again.
 
-`--preset gpt2` has GPT-3's rates, shortened to 10 B tokens. The toy run has another recipe, with
-what helps a short training (chapters 4 and 6).
-
-To read: 1 the model, 2 generation, 3 data, 4 the recipe, 5 training; hellaswag.py. On the second
-evening the toy text in fineweb.py; 6 Muon and sinusoids; before caption.py, 7 packing. After the
-banner, for another evening: the loss in chunks, and how OpenAI's weights are read
-(from_pretrained). For reference: evaluation, devices and processes, the folder of a run.
+To read: 1 the model, 2 generation, 3 data, 4 the recipe, 5 training, all as for GPT-2 124M;
+hellaswag.py. On the second evening the toy text in fineweb.py; 6 what helps a short training, as
+the toy's: Muon, a flat rate, sinusoids; before caption.py, 7 packing. After the banner, for another
+evening: the loss in chunks. For reference: presets, evaluation, devices and processes, the folder
+of a run.
 
 Letters beside the code: B batch, T time (tokens), C width, nh heads, hs head size, V vocabulary,
 P prefix, N targets of a row. GPT-2: Radford et al. 2019, which tells little of how it was trained;
@@ -58,6 +56,10 @@ from tqdm import tqdm
 import fineweb
 import hellaswag
 from fineweb import UserError, number
+
+# attention() and GPT.loss() have fast forms, after the banner, that compute the same; with PLAIN=1
+# in the environment the plain ones run, as they stand in chapter 1
+FAST = "PLAIN" not in os.environ
 
 # -----------------------------------------------------------------------------
 # 1. The model
@@ -102,19 +104,22 @@ class CausalSelfAttention(nn.Module):
 def attention(q, k, v, mask=None, is_causal=False):
     """For each query the mean of the values, weighted by how well their keys match it.
 
-    All are (B, nh, length, hs); mask is True where a query may see a key. The plain form:
-
-        scores = q @ k.transpose(-2, -1) / math.sqrt(hs)            # (B, nh, queries, keys)
-        if is_causal:
-            mask = torch.ones_like(scores, dtype=torch.bool).tril()  # causal mask: not the future
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf)
-        return scores.softmax(dim=-1) @ v
-
-    FlashAttention (Dao et al. 2022) computes the same in tiles, and never stores the scores; on
-    GPUs PyTorch chooses such a kernel (tested by test_decoder_equals_a_plain_float64_one).
+    All are (B, nh, length, hs); mask is True where a query may see a key. FlashAttention (Dao et
+    al. 2022) computes it in tiles, and never stores the weights; on GPUs PyTorch has such a kernel.
     """
-    return fast_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+    if FAST:
+        return fast_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+    return attention_weights(q, k, mask, is_causal) @ v
+
+
+def attention_weights(q, k, mask=None, is_causal=False):
+    """How much each query attends to each key, (B, nh, queries, keys): each row sums to 1."""
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
+    if is_causal:
+        mask = torch.ones_like(scores, dtype=torch.bool).tril()  # causal mask: not the future
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(dim=-1)
 
 
 class MLP(nn.Module):
@@ -133,8 +138,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention gathers from other positions, the MLP works on each position by itself.
 
-    GPT-2 also had dropout, against learning text by heart; text that is seen once needs none (where
-    it is seen again and again, the best weights of a run are kept).
+    GPT-2 also had dropout, against learning text by heart; text that is seen once needs none.
     """
 
     def __init__(self, config):
@@ -157,11 +161,10 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         rows = 64 * math.ceil(config.vocab_size / 64)  # more than V: multiples of 64 are faster
-        self.wte = nn.Embedding(rows, config.n_embd)  # of tokens
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # of positions, learned
+        self.wte = nn.Embedding(rows, config.n_embd)  # token id -> vector
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # position -> vector, learned
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5)
-        self.frozen_head = None  # only while nothing is trained: see freeze()
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 # residual scaling: 2 * n_layer of these add up in x (GPT-2, section 2.3)
@@ -178,7 +181,7 @@ class GPT(nn.Module):
         h = self.hidden_states(self.embed(idx))  # (B, T, C)
         if targets is None:
             return self.logits(h), None
-        return None, self.loss(h, targets)  # the logits exist only in chunks: none to return
+        return None, self.loss(h, targets)
 
     def embed(self, idx, positions=None):
         """Token ids (B, T) to vectors (B, T, C). positions: (T,) or (B, T), default 0 ... T - 1."""
@@ -201,25 +204,26 @@ class GPT(nn.Module):
 
         Weight tying: it is that of the tokens, there is no other (Press & Wolf 2017).
         """
-        return self.wte.weight if self.frozen_head is None else self.frozen_head
+        return self.wte.weight
 
     def logits(self, h):
         """Hidden states (..., C) to logits (..., V), without the unused rows of the table."""
         return F.linear(h, self.head())[..., : self.config.vocab_size]
 
+    @torch.compiler.disable  # a compiled model would keep the logits of all chunks
     def loss(self, h, targets):
-        """Cross-entropy in nats: how surprised the model is by the targets (B, T). The plain form:
+        """Cross-entropy: how surprised the model is by the targets (B, T), in nats, the mean.
 
-            logits = self.logits(h)                                       # (B, T, V)
-            return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-        The logits of 64 x 1024 tokens take 13 GB; "The loss in chunks", after the banner, keeps
-        only some thousand rows of them at a time. A target of -100 does not count.
+        A target of -100 does not count. The logits of 16 x 1024 tokens take 3.3 GB, and their
+        gradient as much: "The loss in chunks" keeps only some thousand rows of them at a time.
         """
-        return cross_entropy(h, self.head(), targets, self.config.vocab_size)
+        if FAST:
+            return chunked_cross_entropy(h, self.head(), targets, self.config.vocab_size)
+        logits = self.logits(h).float()  # (B, T, V)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def losses(self, h, targets):
-        """The cross-entropy of each target, (B, T), by the plain form, row by row."""
+        """The cross-entropy of each target, (B, T); row by row, which takes less memory."""
         rows = []
         for h_row, target in zip(h, targets, strict=True):
             rows.append(F.cross_entropy(self.logits(h_row).float(), target, reduction="none"))
@@ -256,6 +260,7 @@ def generate(model, idx, max_new_tokens, stop=-1, **sampling):
 
     Here a KV cache keeps what was computed, and a full context drops its older half, not one token
     (tested by test_cached_equals_uncached_beyond_the_context).
+
     stop: a token that ends its row, which is then filled up with it (-1: none). sampling: see
     sample_token().
     """
@@ -308,6 +313,25 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
 
 
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+
+
+def from_pretrained(tensors, n_head):
+    """A GPT with OpenAI's weights, {name: tensor}; the names are those that GPT has here.
+
+    OpenAI's matrices are (in, out), the transposes of nn.Linear's. load_model(), after the banner,
+    gets the file, and looks whether it is a GPT-2 that this one can be.
+    """
+    n_vocab, C = tensors["wte.weight"].shape
+    block_size = len(tensors["wpe.weight"])
+    n_layer = sum(name.endswith("ln_1.weight") for name in tensors)
+    model = GPT(GPTConfig(block_size, n_vocab, n_layer, n_head, C))
+    for name, p in model.named_parameters():
+        source = tensors[name].T if name.endswith(TRANSPOSED) else tensors[name]
+        p.data[: len(source)] = source  # the token table has some unused rows at its end
+    return model
+
+
 # -----------------------------------------------------------------------------
 # 3. Data
 #
@@ -356,14 +380,80 @@ class TokenDataset:
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed, epoch, size):
-    """The order of the `size` windows (or pictures) in an epoch, the same on every machine."""
+    """The order of the `size` windows in an epoch, the same on every machine."""
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(size)
 
 
 def step_indices(seed, step, batch_size, size):
-    """The windows (or pictures) of a step, which may cross the boundary of an epoch."""
+    """The windows of a step, which may cross the boundary of an epoch."""
     places = np.arange(step * batch_size, (step + 1) * batch_size)
     return np.array([epoch_order(seed, int(p // size), size)[p % size] for p in places])
+
+
+# -----------------------------------------------------------------------------
+# 4. The recipe
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained; by default GPT-2 124M (RECIPES, after the banner, has the others).
+
+    It has GPT-3's rates and betas, shortened to 10 B tokens, 375 M of them to warm up. GPT-3 read
+    300 B, with a context of 2,048 and a batch that grew.
+    """
+
+    max_steps: int = 19_073
+    batch_size: int = 524_288  # tokens for each update of the weights
+    micro_batch: int = 16  # windows computed at once, at most; gradients are accumulated
+    lr: float = 6e-4  # the highest learning rate
+    warmup_steps: int = 715
+    cooldown: float = 0.0  # chapter 6 has this one
+    muon: float = 0.0  # and this one
+    weight_decay: float = 0.1  # pulls matrices toward 0, so that none grows without need
+    grad_clip: float = 1.0  # a longer gradient is scaled to this length: one bad batch does no harm
+    eval_every: int = 250
+    eval_tokens: int = 10_485_760  # the same whatever the batch size: losses can be compared
+    log_every: int = 20
+
+
+def get_lr(step, recipe):
+    """The learning rate of a step (Brown et al. 2020, appendix B)."""
+    # 1) linear warm-up: AdamW's first steps are of full length, however little is known by then
+    if step < recipe.warmup_steps:
+        return recipe.lr * (step + 1) / recipe.warmup_steps
+    if recipe.cooldown:
+        return flat_then_linear(step, recipe)  # chapter 6
+    # 2) a cosine, from lr at progress 0 down to a tenth of it at progress 1
+    progress = (step - recipe.warmup_steps) / max(recipe.max_steps - recipe.warmup_steps, 1)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
+    return recipe.lr * (0.1 + 0.9 * cosine)
+
+
+def configure_optimizer(model, recipe):
+    """AdamW (Loshchilov & Hutter 2019) for what is trained. Each number w with its gradient g:
+
+        m = 0.9 * m + 0.1 * g                      # the usual gradient, of some 10 steps
+        v = 0.95 * v + 0.05 * g * g                # its usual square, of some 20 (betas: .9, .95)
+        w -= lr * (m / (sqrt(v) + eps) + weight_decay * w)
+
+    So each number moves by about lr, be its gradient large or small. m and v, which begin at zero,
+    are divided by what they have seen: 1 - 0.9^t and 1 - 0.95^t at step t.
+    """
+    options = {"lr": recipe.lr, "betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
+    if recipe.muon:
+        return Muon(muon_groups(model, recipe), **options)  # chapter 6
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() >= 2]
+    vectors = [p for p in trained if p.dim() < 2]  # biases and LayerNorms: no weight decay
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay, "lr_scale": 1.0},
+        {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0},
+    ]
+    return torch.optim.AdamW(groups, **options)
+
+
+# -----------------------------------------------------------------------------
+# 5. Training
 
 
 def get_micro_batches(dataset, recipe, seed, step):
@@ -379,152 +469,49 @@ def get_micro_batches(dataset, recipe, seed, step):
     return batches
 
 
-def share_out(chosen, recipe):
-    """This process's windows (or pictures) of a step, in parts that are computed at once."""
-    mine = np.array_split(chosen, world_size())[rank()]
+def share_out(windows, recipe):
+    """This process's windows of a step, in parts that are computed at once."""
+    mine = np.array_split(windows, world_size())[rank()]
     return np.array_split(mine, math.ceil(len(mine) / recipe.micro_batch))
 
 
-# -----------------------------------------------------------------------------
-# 4. The recipe
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How something is trained: a GPT here, the bridges in caption.py."""
-
-    max_steps: int
-    batch_size: int  # tokens (bridges: pictures) for each update of the weights
-    micro_batch: int  # windows (pictures) computed at once, at most; gradients are accumulated
-    lr: float  # the highest learning rate
-    warmup_steps: int
-    cooldown: float = 0.0  # share of the steps in which the rate falls linearly; 0: a cosine
-    muon: float = 0.0  # the rate of Muon's matrices as a multiple of lr; 0: AdamW for everything
-    weight_decay: float = 0.1  # pulls matrices toward 0, so that none grows without need
-    grad_clip: float = 1.0  # a longer gradient is scaled to this length: one bad batch does no harm
-    eval_every: int = 250
-    eval_tokens: int = 10_485_760  # the same whatever the batch size: losses can be compared
-    log_every: int = 20
-
-
-PRESETS = {  # T, V, layers, heads, C
-    # for the toy data, 0.9 M parameters (with an init_std of .02 its loss was seen on a plateau)
-    "tiny": GPTConfig(fineweb.TOY_BLOCK, 431, 4, 4, 128, init_std=0.06, sinusoids=True),
-    # for real text on a CPU, 16 M
-    "small": GPTConfig(256, 50257, 4, 4, 256, init_std=0.04),
-    # OpenAI's four sizes: 124 M (with two recipes), 355 M, 774 M and 1,558 M
-    "gpt2": GPTConfig(1024, 50257, 12, 12, 768),
-    "gpt2-fast": GPTConfig(1024, 50257, 12, 12, 768),
-    "gpt2-medium": GPTConfig(1024, 50257, 24, 16, 1024),
-    "gpt2-large": GPTConfig(1024, 50257, 36, 20, 1280),
-    "gpt2-xl": GPTConfig(1024, 50257, 48, 25, 1600),
-}
-RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up steps
-    "tiny": Recipe(
-        1_425, 2_048, 32, 1e-3, 40, cooldown=0.5, muon=20, eval_every=150, eval_tokens=20_480
-    ),
-    "small": Recipe(500, 8_192, 16, 2e-3, 50, eval_every=50, eval_tokens=16_384),
-    # GPT-3's rates and betas, shortened to 10 B tokens, 375 M of them to warm up. GPT-3 read 300 B,
-    # with a context of 2,048 and a batch that grew
-    "gpt2": Recipe(19_073, 524_288, 16, 6e-4, 715),
-    # Not yet run at full size: 4.5 B tokens with Muon at .01, a flat rate, then linear, no decay.
-    # That is near record 4 of modded-nanogpt, which reached llm.c's loss after 10 B tokens with 3.3
-    # (and rotary positions)
-    "gpt2-fast": Recipe(8_600, 524_288, 16, 1.8e-3, 250, cooldown=0.29, muon=5.6, weight_decay=0.0),
-    "gpt2-medium": Recipe(19_073, 524_288, 8, 3e-4, 715),
-    "gpt2-large": Recipe(19_073, 524_288, 4, 2.5e-4, 715),
-    "gpt2-xl": Recipe(19_073, 524_288, 2, 2e-4, 715),
-    # for --init: few steps, and a low rate that falls to a tenth, so that little is forgotten
-    "fine-tune": Recipe(200, 32_768, 4, 3e-5, 10, eval_every=20, eval_tokens=65_536, log_every=5),
-}
-
-
-def get_lr(step, recipe):
-    """The learning rate of a step: a cosine (Brown et al. 2020, appendix B), or flat, then linear.
-
-    A high rate gets far, but the weights bounce about: the loss drops when the rate is lowered,
-    whenever that is. So the flat-then-linear one (Zhai et al. 2021, section 3.5) lowers it only
-    near the end.
-    """
-    # 1) linear warm-up: AdamW's first steps are of full length, however little is known by then
-    if step < recipe.warmup_steps:
-        return recipe.lr * (step + 1) / recipe.warmup_steps
-    # 2) with a cooldown: flat, then linear to 0 in the last steps
-    if recipe.cooldown:
-        return recipe.lr * min(1, (1 - step / recipe.max_steps) / recipe.cooldown)
-    # 3) without: a cosine, from lr at progress 0 down to a tenth of it at progress 1
-    progress = (step - recipe.warmup_steps) / max(recipe.max_steps - recipe.warmup_steps, 1)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
-    return recipe.lr * (0.1 + 0.9 * cosine)
-
-
-def configure_optimizer(model, recipe):
-    """AdamW (Loshchilov & Hutter 2019) for what is trained; with recipe.muon see chapter 6.
-
-    AdamW divides each number's step by the usual size of its gradient. betas: how long it
-    remembers the gradient (10 steps) and its size (20 steps). lr_scale: chapter 6.
-    """
-    options = {"lr": recipe.lr, "betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
-    if recipe.muon:
-        return Muon(muon_groups(model, recipe), **options)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.dim() >= 2]
-    vectors = [p for p in trained if p.dim() < 2]  # biases and LayerNorms: no weight decay
-    groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay, "lr_scale": 1.0},
-        {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0},
-    ]
-    return torch.optim.AdamW(groups, **options)
-
-
-# -----------------------------------------------------------------------------
-# 5. Training
-
-
-def train_step(model, optimizer, micro_batches, recipe, device, stop=False):
-    """One update of the weights: (loss, norm of the gradient, whether to stop). In short:
-
-        for x, y, share in micro_batches:
-            _, loss = model(x, y)
-            (loss * share).backward()
-        clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+def train_step(model, optimizer, micro_batches, recipe, device):
+    """One update of the weights: (loss, norm of the gradient).
 
     Gradient accumulation: backward() adds to .grad, so the gradients of the micro-batches, each
     weighted by its share of the step, add up to that of the whole batch (tested by
     test_micro_batches_add_up). Several processes (ranks) each add up their own; then all_reduce
-    sums these over all ranks, so that all make the same update. stop: whether this rank was asked
-    to; all get the same answer. A loss that is not finite leaves the weights as they are.
+    sums these over all ranks, so that all make the same update.
 
     Mixed precision: weights, gradients and sums are fp32; autocast casts the inputs of matrix
     products to bf16, numbers of 16 bits with the range of fp32 but only 8 bits of precision.
     """
-    sums = torch.tensor([0.0, stop], device=device)  # over micro-batches and ranks
+    # all to the GPU at once: a copy between two micro-batches would wait for the first
     micro_batches = [([x.to(device) for x in inputs], share) for *inputs, share in micro_batches]
+    total = torch.zeros((), device=device)
     for inputs, share in micro_batches:
         with autocast(device):
             _, loss = model(*inputs)
         (loss * share).backward()
-        sums[0] += loss.detach() * share
-    if world_size() > 1:
-        for p in model.parameters():
-            if p.grad is not None:
-                dist.all_reduce(p.grad)
+        total += loss.detach() * share
+    for p in model.parameters():
+        if p.grad is not None:
+            all_reduce(p.grad)
     norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)  # gradient clipping
-    loss, stop, norm = torch.cat([all_reduce(sums), norm[None]]).tolist()  # waits for the GPU
-    if math.isfinite(loss + norm):
+    loss, norm = torch.stack([all_reduce(total), norm]).tolist()  # waits for the GPU
+    if math.isfinite(loss + norm):  # else the weights stay as they are
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss, norm, stop > 0
+    return loss, norm
 
 
 @torch.no_grad()
 def validate(model, val_sets, tokenizer, eval_tokens, batch, device):
     """Print the mean loss over text that is never trained on; returns columns of the log.
 
-    In nats per token, and in bits per byte of text, which can be compared between tokenizers.
-    val_sets: {name: TokenDataset}, of each the first eval_tokens. batch: windows at once.
+    In nats per token, and in bits per byte of text: a tokenizer with longer tokens has more nats
+    for each, but bits per byte can be compared. val_sets: {name: TokenDataset}, of each the first
+    eval_tokens. batch: windows at once.
     """
     pieces = [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab)]
     num_bytes = torch.tensor([*map(len, pieces)])  # of each token
@@ -548,29 +535,22 @@ def validate(model, val_sets, tokenizer, eval_tokens, batch, device):
 
 
 def fit(run, model, batches, evaluate, device):
-    """The training loop, here and in caption.py, from run.step to the last step. In short:
+    """The training loop, from the step where the run stands to the last.
 
-        for step, micro_batches in batches:
-            if step % eval_every == 0:
-                save, evaluate
-            lr = get_lr(step)
-            train_step(micro_batches)
-        save, evaluate
-
-    run: the folder, with the weights and their optimizer. model(*inputs) gives (_, loss). batches:
-    yields (step, micro-batches). evaluate(): prints losses, and returns columns of the log.
-    run.end_step() counts the steps.
+    run: the folder of the run, with the weights and their optimizer. model(*inputs) gives (_,
+    loss). batches: yields (step, micro-batches). evaluate(): prints losses, and returns columns of
+    the log.
     """
     recipe = run.recipe
     for step, micro_batches in batches:
         if step % recipe.eval_every == 0:  # at step 0 the loss is near ln V: any token may follow
-            run.save()  # before the evaluation, which takes a while
-            run.record(evaluate())  # log.csv, curves.png; where it pays, the best weights so far
+            run.save()  # the checkpoint; before the evaluation, which takes a while
+            run.record(evaluate())  # in log.csv and curves.png
         lr = get_lr(step, recipe)
         for group in run.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        result = train_step(model, run.optimizer, micro_batches, recipe, device, run.stop)
-        run.end_step(lr, *result)  # a line now and then; after Ctrl-C save, and leave
+            group["lr"] = lr * group["lr_scale"]  # lr_scale: 1 but for Muon (chapter 6)
+        loss, norm = train_step(model, run.optimizer, micro_batches, recipe, device)
+        run.end_step(loss, norm, lr)  # prints a line now and then; after Ctrl-C saves, and leaves
     run.save()
     run.record(evaluate())
     run.finish()
@@ -595,12 +575,11 @@ def train(preset, data, out, recipe, seed=0, init=None):
             items = load_hellaswag(tokenizer) if preset.startswith("gpt2") else []
 
             def evaluate():
-                model.frozen_head = centered_head(model)  # the same, with less rounding in bf16
-                sizes = (recipe.eval_tokens, recipe.micro_batch)
-                row = validate(fast_model, val_sets, tokenizer, *sizes, device)
-                if items and run.step >= recipe.eval_every:  # not in a trial of 20 steps
-                    row["hellaswag"] = evaluate_hellaswag(model, items, device)
-                model.frozen_head = None
+                with centered_head(model):  # the same probabilities, with less rounding in bf16
+                    sizes = (recipe.eval_tokens, recipe.micro_batch)
+                    row = validate(fast_model, val_sets, tokenizer, *sizes, device)
+                    if items and run.step >= recipe.eval_every:  # not in a trial of 20 steps
+                        row["hellaswag"] = evaluate_hellaswag(model, items, device)
                 return row
 
             # get_batches(step) gives a step's micro-batches; threads prepare the next few
@@ -611,55 +590,65 @@ def train(preset, data, out, recipe, seed=0, init=None):
 
 
 # -----------------------------------------------------------------------------
-# 6. What helps a short training: Muon, and positions that begin as sinusoids
+# 6. What helps a short training: a flat rate, Muon, and positions that begin as sinusoids
+
+
+def flat_then_linear(step, recipe):
+    """get_lr() after the warm-up, flat, then linear to 0 (Zhai et al. 2021, section 3.5).
+
+    A high rate gets far, but the weights bounce about: the loss drops when the rate is lowered,
+    whenever that is. So it is lowered only near the end, for a share `cooldown` of the steps.
+    """
+    return recipe.lr * min(1, (1 - step / recipe.max_steps) / recipe.cooldown)
 
 
 class Muon(torch.optim.AdamW):
     """AdamW, except for groups with "muon": orthogonalized steps (Muon, Jordan et al. 2024).
 
-    AdamW scales each number by itself. Muon treats a matrix as a map of directions to directions;
-    the singular values S in G = U S V^T say how strongly each is moved. A gradient has few large
-    ones. U V^T, with all of them 1, moves all directions equally far, so that rare things are
-    learned sooner:
+    A matrix maps vectors to vectors. Its singular value decomposition U S V^T says how: it turns
+    them (V^T), stretches each direction by its singular value (S), and turns the result (U). A
+    gradient G has few large singular values; Muon's step is U V^T, where all of them are 1:
+
+        momentum = 0.95 * momentum + grad
+        update = orthogonalize(grad + 0.95 * momentum)                       # Nesterov's momentum
+        scale = sqrt(longer side / shorter side)
+        weight -= lr * (scale * update + weight_decay * weight)
+
+    (The numbers of U V^T get smaller with the longer side; scale makes them as large as those of a
+    square of the shorter one.) AdamW treats each number by itself, so it too follows the few:
 
                           gradient       AdamW, first step    Muon
                           2.0  2.0         1  1               .03   1.0
                           2.0  1.9         1  1               1.0  -.03
         singular values   3.95  .05        2  0               1     1
 
-        momentum = 0.95 * momentum + grad
-        update = orthogonalize(grad + 0.95 * momentum)                       # Nesterov's momentum
-        weight -= lr * (update * sqrt(max(1, rows / columns)) + weight_decay * weight)
+    Why that is faster is not settled; perhaps since what is rare in the data, the small singular
+    values, is learned as soon as the rest.
     """
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             if group["muon"]:
-                self.muon_step(group)
+                self.muon_step(group["params"], group["lr"], group["weight_decay"])
         super().step()  # AdamW passes over what has no gradient
 
-    def muon_step(self, group):
-        updates = {}  # matrices of one shape are orthogonalized together
-        for p in group["params"]:
-            update = self.add_momentum(p)
-            for part in zip(split(p), split(update), strict=True):
-                updates.setdefault(part[0].shape, []).append(part)
+    def muon_step(self, matrices, lr, weight_decay):
+        weights = []
+        updates = []
+        for p in matrices:
+            state = self.state[p]
+            if not state:
+                # AdamW, when a run is resumed, expects a step with each state
+                state.update(momentum=torch.zeros_like(p), step=torch.zeros(()))
+            momentum = state["momentum"].mul_(0.95).add_(p.grad)
+            weights += split(p)
+            updates += split(p.grad + 0.95 * momentum)
             p.grad = None
-        for (rows, columns), pairs in updates.items():
-            steps = orthogonalize(torch.stack([update for _, update in pairs]))
-            scale = math.sqrt(max(1, rows / columns))
-            for (weight, _), step in zip(pairs, steps, strict=True):
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(step, alpha=-group["lr"] * scale)
-
-    def add_momentum(self, p):
-        state = self.state[p]
-        if not state:
-            # AdamW, when a run is resumed, expects a step with each state
-            state.update(momentum=torch.zeros_like(p), step=torch.zeros(()))
-        momentum = state["momentum"].mul_(0.95).add_(p.grad)
-        return p.grad + 0.95 * momentum
+        for weight, update in zip(weights, orthogonalize_all(updates), strict=True):
+            scale = math.sqrt(max(weight.shape) / min(weight.shape))
+            weight.mul_(1 - lr * weight_decay)
+            weight.add_(update, alpha=-lr * scale)
 
 
 def muon_groups(model, recipe):
@@ -686,6 +675,18 @@ def split(matrix):
     rows, columns = matrix.shape
     squares = rows / columns
     return matrix.chunk(int(squares)) if squares in (2, 3) else [matrix]
+
+
+def orthogonalize_all(matrices):
+    """U V^T of each matrix; those of one shape together, which is up to three times as fast."""
+    shapes = {}
+    for i, matrix in enumerate(matrices):
+        shapes.setdefault(matrix.shape, []).append(i)
+    results = {}
+    for chosen in shapes.values():
+        steps = orthogonalize(torch.stack([matrices[i] for i in chosen]))
+        results |= zip(chosen, steps, strict=True)
+    return [results[i] for i in range(len(matrices))]
 
 
 def orthogonalize(G):
@@ -747,61 +748,19 @@ def sinusoids(T, C, std):
 #            b2             x  x  x  .  x  x       b3
 
 
-@dataclass
-class Packed:
-    """Several continuations of one beginning, in one sequence of P + T positions; see pack().
+def lay_out(beginning, continuations, P=0):
+    """Lists of ids, positions, parts, sources, targets and owners of one beginning.
 
-    P vectors that are no tokens (a picture's prefix) may stand first; idx and positions leave them
-    out, mask and source count them.
-    """
-
-    idx: torch.Tensor  # (B, T) token ids
-    positions: torch.Tensor  # (B, T)
-    mask: torch.Tensor  # (B, 1, P + T, P + T), True where a query (row) may see a key (column)
-    source: torch.Tensor  # (B, N), the place whose hidden state predicts a target
-    targets: torch.Tensor  # (B, N), -100 where there is none
-    owner: torch.Tensor  # (B, N), the continuation of a target, -1 where there is none
-
-    def to(self, device):
-        return Packed(*(t.to(device) for t in vars(self).values()))
-
-    def at_source(self, h):
-        """The hidden states that predict the targets: h[b, source[b, n]] for each b and n.
-
-        Out of (B, P + T, C) come (B, N, C); gather() wants an index for each of the C numbers.
-        """
-        return h.gather(1, self.source[:, :, None].expand(-1, -1, h.size(2)))
-
-
-def pack(rows, P=0):
-    """Pack rows of (beginning, [continuation, ...]), all of token ids, after P vectors.
-
-    The beginning is part 0, continuation k is part k + 1. Padding is part -1, which no token sees.
-    For the example above, with P = 0 (after P vectors all positions and sources are P larger):
+    The beginning is part 0, continuation k is part k + 1. For the example above:
 
         a column for each token            a column for each target
         token     c1 c2 c3 a1 b1 b2        target    a1 a2 b1 b2 b3
-        part       0  0  0  1  2  2        source     2  3  2  4  5
-                                           owner      0  0  1  1  1
+        position   0  1  2  3  3  4        source     2  3  2  4  5      where it is predicted
+        part       0  0  0  1  2  2        owner      0  0  1  1  1      its continuation
 
-    The losses are then (tested by test_packed_continuations_have_the_losses_of_separate_ones)
-
-        h = model.hidden_states(model.embed(packed.idx, packed.positions), packed.mask)
-        losses = model.losses(packed.at_source(h), packed.targets)             # (B, N)
+    P vectors that are no tokens, a picture's prefix, may stand before the beginning. They belong to
+    part 0, and all positions and sources are P larger.
     """
-    layouts = [lay_out(beginning, continuations, P) for beginning, continuations in rows]
-    idx, positions, part, source, targets, owner = zip(*layouts, strict=True)
-    part = pad(part, -1)  # (B, P + T)
-    same_part = part[:, :, None] == part[:, None, :]  # (B, query, key)
-    to_beginning = part[:, None, :] == 0
-    causal = torch.ones(same_part.shape[1:], dtype=torch.bool).tril()
-    mask = (same_part | to_beginning) & causal
-    idx, positions = (pad(ids, 0, part.size(1) - P) for ids in (idx, positions))
-    return Packed(idx, positions, mask[:, None], pad(source, 0), pad(targets, -100), pad(owner, -1))
-
-
-def lay_out(beginning, continuations, P):
-    """A row of pack(): lists of ids, positions, parts, sources, targets and owners."""
     idx = [*beginning]
     end = P + len(beginning)
     positions = [*range(P, end)]
@@ -821,6 +780,47 @@ def lay_out(beginning, continuations, P):
     return idx, positions, part, source, targets, owner
 
 
+def pack(rows, P=0):
+    """Pack rows of (beginning, [continuation, ...]), all of token ids, after P vectors: a Packed.
+
+    The losses are then (tested by test_packed_continuations_have_the_losses_of_separate_ones)
+
+        h = model.hidden_states(model.embed(packed.idx, packed.positions), packed.mask)
+        losses = model.losses(packed.at_source(h), packed.targets)             # (B, N)
+    """
+    layouts = [lay_out(beginning, continuations, P) for beginning, continuations in rows]
+    idx, positions, part, source, targets, owner = zip(*layouts, strict=True)
+    part = pad(part, -1)  # (B, P + T); padding is part -1, which no token sees
+    same_part = part[:, :, None] == part[:, None, :]  # (B, query, key)
+    to_beginning = part[:, None, :] == 0
+    causal = torch.ones(same_part.shape[1:], dtype=torch.bool).tril()
+    mask = (same_part | to_beginning) & causal
+    idx, positions = (pad(ids, 0, part.size(1) - P) for ids in (idx, positions))
+    return Packed(idx, positions, mask[:, None], pad(source, 0), pad(targets, -100), pad(owner, -1))
+
+
+@dataclass
+class Packed:
+    """What pack() makes; where P vectors stand first, idx and positions leave them out."""
+
+    idx: torch.Tensor  # (B, T) token ids
+    positions: torch.Tensor  # (B, T)
+    mask: torch.Tensor  # (B, 1, P + T, P + T), True where a query (row) may see a key (column)
+    source: torch.Tensor  # (B, N), the place whose hidden state predicts a target
+    targets: torch.Tensor  # (B, N), -100 where there is none
+    owner: torch.Tensor  # (B, N), the continuation of a target, -1 where there is none
+
+    def to(self, device):
+        return Packed(*(t.to(device) for t in vars(self).values()))
+
+    def at_source(self, h):
+        """The hidden states that predict the targets: h[b, source[b, n]] for each b and n.
+
+        Out of (B, P + T, C) come (B, N, C); gather() wants an index for each of the C numbers.
+        """
+        return h.gather(1, self.source[:, :, None].expand(-1, -1, h.size(2)))
+
+
 def pad(rows, value, length=None):
     """Lists as one tensor (B, length): the longest, rounded up to 8, so that few shapes occur."""
     length = 8 * math.ceil(max(map(len, rows)) / 8) if length is None else length
@@ -831,12 +831,43 @@ def pad(rows, value, length=None):
 # =============================================================================
 # From here on: tooling, for reference
 # =============================================================================
+# Presets
+
+PRESETS = {  # T, V, layers, heads, C
+    # for the toy data, 0.9 M parameters (with an init_std of .02 its loss was seen on a plateau)
+    "tiny": GPTConfig(fineweb.TOY_BLOCK, 431, 4, 4, 128, init_std=0.06, sinusoids=True),
+    # for real text on a CPU, 16 M
+    "small": GPTConfig(256, 50257, 4, 4, 256, init_std=0.04),
+    # OpenAI's four sizes: 124 M (with two recipes), 355 M, 774 M and 1,558 M
+    "gpt2": GPTConfig(),
+    "gpt2-fast": GPTConfig(),
+    "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
+}
+RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up steps
+    "tiny": Recipe(
+        1_425, 2_048, 32, 1e-3, 40, cooldown=0.5, muon=16, eval_every=150, eval_tokens=20_480
+    ),
+    "small": Recipe(500, 8_192, 16, 2e-3, 50, eval_every=50, eval_tokens=16_384),
+    "gpt2": Recipe(),
+    # Not yet run at full size: 4.5 B tokens with Muon at .01, a flat rate, then linear, no decay.
+    # That is near record 4 of modded-nanogpt, which reached llm.c's loss after 10 B tokens with 3.3
+    # (and rotary positions)
+    "gpt2-fast": Recipe(8_600, 524_288, 16, 1.8e-3, 250, cooldown=0.29, muon=5.6, weight_decay=0.0),
+    "gpt2-medium": Recipe(micro_batch=8, lr=3e-4),
+    "gpt2-large": Recipe(micro_batch=4, lr=2.5e-4),
+    "gpt2-xl": Recipe(micro_batch=2, lr=2e-4),
+    # for --init: few steps, and a low rate that falls to a tenth, so that little is forgotten
+    "fine-tune": Recipe(200, 32_768, 4, 3e-5, 10, eval_every=20, eval_tokens=65_536, log_every=5),
+}
+
+# -----------------------------------------------------------------------------
 # The loss in chunks (optional): without the logits of a whole batch
 
 
-@torch.compiler.disable  # a compiled model would keep all chunks
-def cross_entropy(h, weight, targets, n_vocab):
-    """The mean cross-entropy of hidden states h (B, T, C) under a head (V, C)."""
+def chunked_cross_entropy(h, weight, targets, n_vocab):
+    """GPT.loss() of hidden states h (B, T, C) under a head (V, C)."""
     total = ChunkedCrossEntropy.apply(h.flatten(0, 1), weight, targets.flatten(), n_vocab)
     return total / (targets != -100).sum()
 
@@ -963,16 +994,15 @@ def load_model(name):
         model = GPT(GPTConfig(**about["config"]))
         model.load_state_dict(tensors)
     else:
-        model = from_pretrained(path, tensors)
+        model = read_openai(path, tensors)
     print(f"model      {path}" + (f", step {about['step']:,}" if "step" in about else ""))
     return model.eval(), fineweb.get_tokenizer(model.config.vocab_size)
 
 
-def from_pretrained(path, tensors):
-    """A GPT of tensors in OpenAI's layout, whose config.json lies beside `path`.
+def read_openai(path, tensors):
+    """from_pretrained() of tensors whose config.json lies beside `path`, if this GPT can be that.
 
-    OpenAI's matrices are (in, out), the transposes of nn.Linear's; names may begin with
-    "transformer."; tables that are longer than GPT-2's vocabulary are cut to it.
+    Names may begin with "transformer."; tables longer than GPT-2's vocabulary are cut to it.
     """
     with fineweb.reading(path, "a GPT-2 with its config.json", OSError):
         config = json.loads(path.with_name("config.json").read_bytes())
@@ -985,26 +1015,13 @@ def from_pretrained(path, tensors):
         table = tensors["wte.weight"]
         if not torch.equal(tensors.get("lm_head.weight", table), table):
             raise ValueError("its head is not its token table")
-        n_vocab = min(len(table), 50257)
+        tensors["wte.weight"] = table[:50257]
         for file in filter(Path.exists, map(path.with_name, ("vocab.json", "tokenizer.json"))):
             words = json.loads(file.read_bytes())
             words = words["model"]["vocab"] if file.name == "tokenizer.json" else words
             if words != json.loads(gpt2_files()["vocab.json"]):
                 raise ValueError(f"{file.name} is not GPT-2's")
-        block_size, C = tensors["wpe.weight"].shape
-        n_layer = sum(name.endswith("ln_1.weight") for name in tensors)
-        model = GPT(GPTConfig(block_size, n_vocab, n_layer, config["n_head"], C))
-        unused = model.wte.num_embeddings - n_vocab
-        tensors["wte.weight"] = F.pad(table[:n_vocab], (0, 0, 0, unused))
-        for name in model.state_dict():
-            tensors[name] = tensors[name].T if is_conv1d(name) else tensors[name]
-        model.load_state_dict({name: tensors[name] for name in model.state_dict()})
-    return model
-
-
-def is_conv1d(name):
-    """Whether OpenAI's file has this matrix as (in, out), the transpose of nn.Linear's."""
-    return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        return from_pretrained(tensors, config["n_head"])
 
 
 def gpt2_files():
@@ -1019,7 +1036,7 @@ def export_hf(model, tokenizer, folder):
     c = model.config
     tensors = {}
     for name, t in model.state_dict().items():
-        t = t.T if is_conv1d(name) else t
+        t = t.T if name.endswith(TRANSPOSED) else t
         tensors[f"transformer.{name}"] = t.contiguous()
     tensors["transformer.wte.weight"] = model.wte.weight.detach()[: c.vocab_size].clone()
     config = {
@@ -1058,21 +1075,30 @@ def freeze(model, device):
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.MultiheadAttention)):
                 module.bfloat16()
     if isinstance(model, GPT):
-        model.frozen_head = centered_head(model)
+        center_head(model)
     return model
 
 
 @torch.no_grad()
-def centered_head(model):
-    """The token table less its mean row, as a head that gives the same probabilities.
+def center_head(model):
+    """For a model that is not trained: its head becomes the token table minus its mean row.
 
-    OpenAI's logits lie between -35 and -120, where bf16 has steps of .5. Without the mean row all
-    logits of a position move by one number, toward 0, which softmax ignores; there bf16 has steps
-    of .01.
+    The probabilities stay the same. OpenAI's logits lie between -35 and -120, where bf16 has steps
+    of .5. Without the mean row all logits of a position move by one number, toward 0, which softmax
+    ignores; there bf16 has steps of .01.
     """
     table = model.wte.weight
     head = table - table[: model.config.vocab_size].mean(0)
-    return head.bfloat16() if uses_bf16(table.device) else head
+    head = head.bfloat16() if uses_bf16(table.device) else head
+    model.head = lambda: head  # in place of the method
+
+
+@contextlib.contextmanager
+def centered_head(model):
+    """center_head() within this context."""
+    center_head(model)
+    yield
+    del model.head
 
 
 def complete(model, tokenizer, text, max_new_tokens, num=1, seed=0, **sampling):
@@ -1137,8 +1163,7 @@ def load_hellaswag(tokenizer):
             examples = hellaswag.load_examples()
     except (UserError, OSError) as error:
         print(f"HellaSwag  is not measured: {error}", file=sys.stderr)
-    missing = torch.tensor(float(not examples), device=pick_device())
-    if all_reduce(missing).item():  # all ranks measure it or none, or they would wait forever
+    if any_rank(not examples):  # all ranks measure it or none, or they would wait forever
         return []
     return [hellaswag.render(example, tokenizer) for example in examples]
 
@@ -1218,13 +1243,12 @@ def prefetch(get, first, last, ahead=4):
     four threads 0.1 s. A loader has one thread of PyTorch's: more slowed training by a sixth.
     """
     torch.get_num_threads()  # settles how many threads a step has, before a loader has only one
-    futures = {}  # of steps that are being prepared
     with ThreadPoolExecutor(ahead, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+        futures = [threads.submit(get, step) for step in range(first, min(first + ahead, last))]
         for step in range(first, last):
-            for later in range(step, min(step + ahead, last)):
-                if later not in futures:
-                    futures[later] = threads.submit(get, later)
-            yield step, futures.pop(step).result()
+            yield step, futures.pop(0).result()
+            if step + ahead < last:
+                futures.append(threads.submit(get, step + ahead))
 
 
 def join_processes():
@@ -1269,6 +1293,13 @@ def all_reduce(tensor):
     return tensor
 
 
+def any_rank(flag):
+    """Whether a flag is set on any rank: all get the same answer."""
+    if world_size() == 1:
+        return flag
+    return all_reduce(torch.tensor(float(flag), device=pick_device())).item() > 0
+
+
 @contextlib.contextmanager
 def first_of_node_first():
     """The first rank of each machine runs the body (it downloads), then the others find it done."""
@@ -1284,22 +1315,15 @@ def first_of_node_first():
 
 @functools.cache  # once for each function
 def compiled(function):
-    """A function or model through torch.compile, on a GPU where that works."""
-    return torch.compile(function) if can_compile() else function
-
-
-@functools.cache
-def can_compile():
-    """Whether torch.compile works here, on a GPU; if not, says why, once."""
+    """A function or model through torch.compile, on a GPU; as it is, where that fails."""
     if not torch.cuda.is_available():
-        return False
+        return function
     try:
         torch.compile(torch.sin)(torch.ones(1, device=pick_device()))
-        return True
+        return torch.compile(function)
     except Exception as error:  # the compiler's, Triton's or a subprocess's; often no Python.h
-        reason = " ".join(str(error).split("\n")[:2])[:150]
-        print(f"not compiled, so training is slower: {type(error).__name__}: {reason}")
-        return False
+        print(f"not compiled, so training is slower: {str(error)[:150]}")
+        return function
 
 
 def flops_per_token(config):
@@ -1403,14 +1427,15 @@ class Run:
         with contextlib.suppress(OSError):  # a terminal that was closed
             os.write(2, b"\nstopping after this step; once more stops at once\n")
 
-    def end_step(self, lr, loss, norm, stop):
+    def end_step(self, loss, norm, lr):
         """Count a step, and log it now and then; to stop, save first, then print, and leave."""
+        stop = any_rank(self.stop)
         self.step += 1
         self.seconds += time.perf_counter() - self.time
         self.time = time.perf_counter()
         recipe = self.recipe
         is_logged = self.step % recipe.log_every == 0 or self.step in (1, recipe.max_steps)
-        line = self.describe_step(lr, loss, norm) if is_logged or stop else ""
+        line = self.describe_step(loss, norm, lr) if is_logged or stop else ""
         if stop:
             self.save()
         if not math.isfinite(loss + norm):
@@ -1422,7 +1447,7 @@ class Run:
             leave_processes()
             sys.exit(130)
 
-    def describe_step(self, lr, loss, norm):
+    def describe_step(self, loss, norm, lr):
         """Log the steps since the last line, and return one about them."""
         step, seconds = self.shown
         self.shown = (self.step, self.seconds)
@@ -1466,7 +1491,7 @@ class Run:
         """Save the last evaluation, too; after a signal end the command, not only this run."""
         self.finished = True
         self.save()
-        if all_reduce(torch.tensor(float(self.stop), device=pick_device())).item():
+        if any_rank(self.stop):
             leave_processes()
             sys.exit(130)
 
@@ -1608,20 +1633,16 @@ def open_data(folder, config):
     return TokenDataset(train, config), val_sets
 
 
-def digest(dataset):
-    """Tells datasets apart, by the shards' lengths and their first and last tokens."""
-    return short_hash([(len(s), s[:1000].tobytes(), s[-1000:].tobytes()) for s in dataset.shards])
-
-
 def open_run(out, model, optimizer, recipe, train_set, seed, init):
     """The Run of a GPT; says what will be done."""
     check_batch_size(recipe, train_set.T)
+    ends = [(len(s), s[:1000].tobytes(), s[-1000:].tobytes()) for s in train_set.shards]
     identity = {  # what must stay the same when the run is resumed
         "shape": str(model.config),
         "optimizer": type(optimizer).__name__,
         "seed": seed,
         "batch size": recipe.batch_size,
-        "digest of data": digest(train_set),
+        "digest of data": short_hash(ends),
         "digest of first weights": fingerprint(model) if init else "",
     }
     run = Run(Path(out), model, optimizer, recipe, identity, about={"config": asdict(model.config)})
@@ -1658,8 +1679,9 @@ def main():
     parser = fineweb.make_parser(__doc__)
     positive = number(int, 1)
     add = parser.add_argument
-    add("--preset", choices=PRESETS, help="shape and recipe of the model")
-    add("--init", metavar="CKPT", help="begin with these weights, named as by --ckpt")
+    shape = parser.add_mutually_exclusive_group()
+    shape.add_argument("--preset", choices=PRESETS, help="shape and recipe of the model")
+    shape.add_argument("--init", metavar="CKPT", help="begin with these weights (as --ckpt)")
     add("--data", type=Path, help="folder of shards (python fineweb.py makes one)")
     add("--out", help="folder of the run (default: runs/<preset>)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0)
@@ -1691,31 +1713,28 @@ def main():
         if rank() == 0:
             export_hf(*load_model(name), args.export_hf)
     elif args.sample is not None:
-        sampling = ("temperature", "top_k", "top_p")
-        others = (which, "seed", "max_new_tokens", "num")
-        fineweb.only(parser, args, "--sample", " ".join(sampling + others))
+        options = "max_new_tokens num seed temperature top_k top_p"
+        fineweb.only(parser, args, "--sample", f"{which} {options}")
         model, tokenizer = load_model(name)
         freeze(model, pick_device())
-        options = {key: getattr(args, key) for key in sampling}
-        inputs = (args.sample, args.max_new_tokens, args.num, args.seed)
-        print(*complete(model, tokenizer, *inputs, **options), sep="\n---\n", end="\n---\n")
+        options = {key: getattr(args, key) for key in options.split()}
+        texts = complete(model, tokenizer, args.sample, **options)
+        print(*texts, sep="\n---\n", end="\n---\n")
     else:
         recipe = "max_steps batch_size micro_batch lr eval_every"
         fineweb.only(parser, args, "training", f"preset init data out seed {recipe}")
-        start_training(parser, args)
+        start_training(args)
     leave_processes()
 
 
-def start_training(parser, args):
+def start_training(args):
     """train() for the flags; the preset, if not given, is what this machine can train."""
-    shards = Path(args.data or "data/fineweb_edu").glob("*_train_??????.bin")
-    preset = args.preset or ("small" if args.data else "tiny")
-    if args.init and args.preset:
-        parser.error("--init has the shape of its weights: leave --preset out")
-    if args.init:
-        preset = "fine-tune"
-    elif not args.preset and torch.cuda.is_available():
-        if sum(path.stat().st_size for path in shards) >= 2e8:  # 100 M tokens
+    preset = "fine-tune" if args.init else args.preset
+    if not preset:
+        shards = Path(args.data or "data/fineweb_edu").glob("*_train_??????.bin")
+        size = sum(path.stat().st_size for path in shards)
+        preset = "small" if args.data else "tiny"
+        if torch.cuda.is_available() and size >= 2e8:  # 100 M tokens
             preset = "gpt2"
     data = args.data or Path("data/toy" if preset == "tiny" else "data/fineweb_edu")
     if data == Path("data/toy"):
