@@ -80,8 +80,8 @@ from train_gpt2 import MLP, KVCache, Recipe, Run, autocast, fit, get_lr, pick_de
 #     cross       <|endoftext|>  a red circle is ...                 (it sees the picture inside)
 #
 # So linear's 4 x 8 averages stand exactly where the map's 4 x 4 x 2 words stood, and its class
-# token where <|endoftext|> was. With cross the caption stands where the decoder has always seen a
-# map: the bridge has to make up for that.
+# token where <|endoftext|> was. With cross the caption begins at position 1, where the toy decoder
+# has only ever seen a map: the bridge has to make up for that.
 
 # -----------------------------------------------------------------------------
 # 1. The image encoder: what CLIP sees, as tokens
@@ -118,7 +118,7 @@ class ImageEncoder:
             x = visual.ln_pre(x + visual.positional_embedding)
             x = x.transpose(0, 1)  # (257, B, D)
             for block in visual.transformer.resblocks[:-1]:
-                x = block(x)
+                x = block(x)  # x + attn(ln_1(x)), then x + mlp(ln_2(x)): GPT-2's, without a mask
         return x.transpose(0, 1)
 
 
@@ -144,10 +144,16 @@ def pool_tokens(tokens):
 #   cross     attention to the vision tokens, per block    inside           + attention per block
 #   blind     what linear makes of zeros, to compare with  before the text  as linear
 #
-# Each has the same two methods: prefix(vision) gives the vectors before the text, or None;
-# look(vision) gives a function (i, x) -> x, which lets the words x look at the picture before the
-# decoder's block i; after a prefix there is nothing to do. A prefix begins at the scale of the
-# decoder's own token vectors, so that it influences the decoder from the first step.
+# Each has the same two methods. prefix(vision) gives the vectors before the text, or None.
+# look(vision) gives a function, which the captioner calls on the hidden states x before the
+# decoder's block i: cross adds attention to the picture, the others give x back unchanged. A prefix
+# begins at the scale of the decoder's own token vectors, so that it influences the decoder from the
+# first step.
+
+
+def token_scale(decoder):
+    """The standard deviation of the decoder's token vectors."""
+    return decoder.wte.weight.std().item()
 
 
 def look_at_nothing(i, x):
@@ -166,6 +172,7 @@ class Projection(nn.Module):
         C = decoder.config.n_embd
         self.norm = nn.LayerNorm(D)
         self.linear = nn.Linear(D, C)
+        # a sum of D normed numbers has sqrt(D) times the scale of its weights
         nn.init.normal_(self.linear.weight, std=token_scale(decoder) / math.sqrt(D))
         self.positions = nn.Parameter(token_scale(decoder) * torch.randn(S, C))
 
@@ -320,11 +327,6 @@ class Attention(nn.Module):
         return self.c_proj(y.transpose(1, 2).reshape(x.shape))
 
 
-def token_scale(decoder):
-    """The standard deviation of the decoder's token vectors."""
-    return decoder.wte.weight.std().item()
-
-
 BRIDGES = {
     "linear": LinearBridge,
     "cross": CrossAttentionBridge,
@@ -387,9 +389,9 @@ class Captioner(nn.Module):
     def forward(self, vision, packed):
         """(None, mean loss) of packed captions, given vision tokens (B, S, D).
 
-        All captions of a picture are packed after one prefix (train_gpt2.py, chapter 7): one pass
-        over P + 5 * 12 tokens does the work of five of loss_of_one() over P + 12 (tested by
-        test_packed_captions_have_the_losses_of_separate_ones).
+        It is loss_of_one() for all captions of B pictures, only faster: those of a picture are
+        packed after one prefix (train_gpt2.py, chapter 7). One pass over P + 5 * 12 tokens does the
+        work of five over P + 12 (tested by test_packed_captions_have_the_losses_of_separate_ones).
         """
         return None, self.decoder.loss(self.predict(vision, packed), packed.targets)
 
@@ -437,7 +439,13 @@ class Captioner(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# 4. Training a bridge
+# 4. Training a bridge. As for GPT-2, but that only the bridge learns:
+#
+#     for step in range(max_steps):
+#         vision, captions = 32 pictures, each with its five captions
+#         _, loss = captioner(vision, captioner.pack(captions))        # of the captions' words
+#         loss.backward()                          # through the frozen decoder, into the bridge
+#         optimizer.step()                         # of the bridge's weights
 
 
 @dataclass
@@ -497,11 +505,7 @@ def train(name, setup, out, flags):
     Toy: 500 steps of 32 pictures, each with its five captions, by Muon, at rates of .01 to .04 for
     matrices. Full: four passes over COCO (on a CPU one and a half), by AdamW, at 2e-3 for linear
     and 4e-4 for the others. The rate is flat, then falls linearly (choose_recipe). flags: of the
-    recipe, {name: value}. In short, for each step, with the decoder frozen:
-
-        _, loss = captioner(vision, packed)
-        loss.backward()                                # reaches the bridge through the decoder
-        optimizer.step()                               # of the bridge's weights
+    recipe, {name: value}.
     """
     device = pick_device()
     train_set = load_pictures(setup, "train")
@@ -1310,7 +1314,7 @@ def train_clip(data, path, seed=0):
     contrastive_loss = open_clip.ClipLoss()
     for step in tqdm(range(recipe.max_steps), desc="toy CLIP", disable=None):
         for group in optimizer.param_groups:
-            group["lr"] = get_lr(step, recipe) * group["lr_scale"]
+            group["lr"] = get_lr(step, recipe) * group.get("lr_scale", 1)
         chosen = similar_pictures(colors, seed, step, recipe.batch_size)
         x = images[chosen]  # (B, 3, H, W)
         y = texts[chosen]
@@ -1361,7 +1365,7 @@ def choose_recipe(name, setup, pictures, flags, scst=False):
     """All bridges share one budget; only the learning rates are each one's own."""
     lr, muon = (TOY_RATES if setup.toy else FULL_RATES)["linear" if name == "blind" else name]
     has_gpu = pick_device().type == "cuda"
-    passes = 4 if has_gpu else 1.5  # over the photographs: an hour on a laptop
+    passes = 4 if has_gpu else 1.5  # over the photographs: est. half an hour or one on a laptop
     batch = flags.get("batch_size", 64 if has_gpu and not setup.toy else 32)
     steps = 500 if setup.toy else math.ceil(passes * pictures / batch)
     decay = 0.1

@@ -55,7 +55,7 @@ def ngram_counts(tokens):
 
 
 class CIDEr:
-    """CIDEr-D: n-grams weighted by how much they tell (Vedantam et al. 2015, section 3, eq. 6).
+    """CIDEr-D: n-grams weighted by how much they tell (Vedantam et al. 2015, arXiv's eq. 4).
 
     "a" stands in every caption and tells nothing; "giraffe" does. So an n-gram g weighs
     w(g) = tf(g) * (ln N - ln df(g)): tf is its count in the caption, N the number of pictures, and

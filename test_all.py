@@ -148,7 +148,7 @@ def steps(model, recipe, get_batches, first=0, trained=None):
     optimizer = train_gpt2.configure_optimizer(trained or model, recipe)
     for step in itertools.count(first):
         for group in optimizer.param_groups:
-            group["lr"] = train_gpt2.get_lr(step, recipe) * group["lr_scale"]
+            group["lr"] = train_gpt2.get_lr(step, recipe) * group.get("lr_scale", 1)
         batches = get_batches(step)
         yield train_gpt2.train_step(model, optimizer, batches, recipe, CPU)[:2]
 
@@ -1023,7 +1023,7 @@ def test_muon_is_its_formula(fp32):
             for p in net.parameters():
                 p.grad = torch.randn_like(p)
             for group in opt.param_groups:
-                group["lr"] = 1e-2 * group["lr_scale"]
+                group["lr"] = 1e-2 * group.get("lr_scale", 1)
             for weight, scale in scales.items() if net is model else ():
                 momentum[weight] = 0.95 * momentum[weight] + weight.grad
                 update = weight.grad + 0.95 * momentum[weight]

@@ -78,6 +78,27 @@ class GPTConfig:
     sinusoids: bool = False  # positions begin as waves (chapter 6)
 
 
+def attention_weights(q, k, mask=None, is_causal=False):
+    """How much each query attends to each key, (B, nh, queries, keys): each row sums to 1."""
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # scaled: near 1, whatever hs is
+    if is_causal:
+        mask = torch.ones_like(scores, dtype=torch.bool).tril()  # causal mask: not the future
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(dim=-1)
+
+
+def attention(q, k, v, mask=None, is_causal=False):
+    """For each query the mean of the values, weighted by how well their keys match it.
+
+    All are (B, nh, length, hs); mask is True where a query may see a key. FlashAttention (Dao et
+    al. 2022) computes it in tiles, and never stores the weights; on GPUs PyTorch has such a kernel.
+    """
+    if FAST:
+        return fast_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+    return attention_weights(q, k, mask, is_causal) @ v
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017, section 3.2): nh heads side by side."""
 
@@ -95,31 +116,10 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_head, -1).transpose(1, 2)
         if cache is not None:  # chapter 2
             k, v = cache.extend(k, v)  # (B, nh, all so far, hs)
-        # chapter 2 decodes one new position at a time: it may see all so far, and needs no mask
+        # T positions need the causal mask; in chapter 2 a single new one may see all before it
         y = attention(q, k, v, mask, is_causal=mask is None and T > 1)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.c_proj(y)
-
-
-def attention(q, k, v, mask=None, is_causal=False):
-    """For each query the mean of the values, weighted by how well their keys match it.
-
-    All are (B, nh, length, hs); mask is True where a query may see a key. FlashAttention (Dao et
-    al. 2022) computes it in tiles, and never stores the weights; on GPUs PyTorch has such a kernel.
-    """
-    if FAST:
-        return fast_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-    return attention_weights(q, k, mask, is_causal) @ v
-
-
-def attention_weights(q, k, mask=None, is_causal=False):
-    """How much each query attends to each key, (B, nh, queries, keys): each row sums to 1."""
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
-    if is_causal:
-        mask = torch.ones_like(scores, dtype=torch.bool).tril()  # causal mask: not the future
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    return scores.softmax(dim=-1)
 
 
 class MLP(nn.Module):
@@ -210,14 +210,13 @@ class GPT(nn.Module):
         """Hidden states (..., C) to logits (..., V), without the unused rows of the table."""
         return F.linear(h, self.head())[..., : self.config.vocab_size]
 
-    @torch.compiler.disable  # a compiled model would keep the logits of all chunks
+    @torch.compiler.disable
     def loss(self, h, targets):
-        """Cross-entropy: how surprised the model is by the targets (B, T), in nats, the mean.
+        """Cross-entropy: the mean of -log p(target) over the targets (B, T), in nats.
 
-        A target of -100 does not count. The logits of 16 x 1024 tokens take 3.3 GB, and their
-        gradient as much: "The loss in chunks" keeps only some thousand rows of them at a time.
+        It says how surprised the model is by them. A target of -100 does not count.
         """
-        if FAST:
+        if FAST:  # the same number in much less memory ("The loss in chunks", after the banner)
             return chunked_cross_entropy(h, self.head(), targets, self.config.vocab_size)
         logits = self.logits(h).float()  # (B, T, V)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -407,8 +406,8 @@ class Recipe:
     micro_batch: int = 16  # windows computed at once, at most; gradients are accumulated
     lr: float = 6e-4  # the highest learning rate
     warmup_steps: int = 715
-    cooldown: float = 0.0  # chapter 6 has this one
-    muon: float = 0.0  # and this one
+    cooldown: float = 0.0  # share of the steps in which the rate falls to 0 (chapter 6; 0: cosine)
+    muon: float = 0.0  # rate of matrices under Muon, as a multiple of lr (chapter 6; 0: AdamW)
     weight_decay: float = 0.1  # pulls matrices toward 0, so that none grows without need
     grad_clip: float = 1.0  # a longer gradient is scaled to this length: one bad batch does no harm
     eval_every: int = 250
@@ -432,12 +431,13 @@ def get_lr(step, recipe):
 def configure_optimizer(model, recipe):
     """AdamW (Loshchilov & Hutter 2019) for what is trained. Each number w with its gradient g:
 
-        m = 0.9 * m + 0.1 * g                      # the usual gradient, of some 10 steps
-        v = 0.95 * v + 0.05 * g * g                # its usual square, of some 20 (betas: .9, .95)
-        w -= lr * (m / (sqrt(v) + eps) + weight_decay * w)
+        m = 0.9 * m + 0.1 * g                      # moving average of the gradient, over 10 steps
+        v = 0.95 * v + 0.05 * g * g                # and of its square, over 20 (betas: .9, .95)
+        m_hat = m / (1 - 0.9 ** t)                 # at step t: both began at 0, and are too small
+        v_hat = v / (1 - 0.95 ** t)
+        w -= lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * w)
 
-    So each number moves by about lr, be its gradient large or small. m and v, which begin at zero,
-    are divided by what they have seen: 1 - 0.9^t and 1 - 0.95^t at step t.
+    So each number moves by about lr, be its gradient large or small.
     """
     options = {"lr": recipe.lr, "betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
     if recipe.muon:
@@ -446,14 +446,27 @@ def configure_optimizer(model, recipe):
     matrices = [p for p in trained if p.dim() >= 2]
     vectors = [p for p in trained if p.dim() < 2]  # biases and LayerNorms: no weight decay
     groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay, "lr_scale": 1.0},
-        {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0},
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, **options)
 
 
 # -----------------------------------------------------------------------------
 # 5. Training
+#
+# The whole of it, for one process; each function of this chapter does a line or two:
+#
+#     for step in range(max_steps):
+#         if step % 250 == 0:
+#             save a checkpoint; measure validation loss and HellaSwag
+#         for x, y, share in get_micro_batches(train_set, recipe, seed, step):
+#             _, loss = model(x, y)                         # forward
+#             (loss * share).backward()                     # backward; gradients add up
+#         clip_grad_norm_(model.parameters(), grad_clip)
+#         optimizer.lr = get_lr(step, recipe)
+#         optimizer.step()
+#         optimizer.zero_grad()
 
 
 def get_micro_batches(dataset, recipe, seed, step):
@@ -548,7 +561,7 @@ def fit(run, model, batches, evaluate, device):
             run.record(evaluate())  # in log.csv and curves.png
         lr = get_lr(step, recipe)
         for group in run.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]  # lr_scale: 1 but for Muon (chapter 6)
+            group["lr"] = lr * group.get("lr_scale", 1)  # only Muon has another (chapter 6)
         loss, norm = train_step(model, run.optimizer, micro_batches, recipe, device)
         run.end_step(loss, norm, lr)  # prints a line now and then; after Ctrl-C saves, and leaves
     run.save()
@@ -665,8 +678,8 @@ def muon_groups(model, recipe):
     decay = recipe.weight_decay
     return [
         {"params": maps, "weight_decay": decay, "lr_scale": recipe.muon, "muon": True},
-        {"params": others, "weight_decay": decay, "lr_scale": 1.0, "muon": False},
-        {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0, "muon": False},
+        {"params": others, "weight_decay": decay, "muon": False},
+        {"params": vectors, "weight_decay": 0.0, "muon": False},
     ]
 
 
@@ -867,7 +880,11 @@ RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up steps
 
 
 def chunked_cross_entropy(h, weight, targets, n_vocab):
-    """GPT.loss() of hidden states h (B, T, C) under a head (V, C)."""
+    """GPT.loss() of hidden states h (B, T, C) under a head (V, C).
+
+    The logits of 16 x 1024 tokens take 3.3 GB, and their gradient as much. Here only some thousand
+    rows of them exist at a time; a compiled model would keep all, so GPT.loss() is not compiled.
+    """
     total = ChunkedCrossEntropy.apply(h.flatten(0, 1), weight, targets.flatten(), n_vocab)
     return total / (targets != -100).sum()
 
@@ -1084,8 +1101,8 @@ def center_head(model):
     """For a model that is not trained: its head becomes the token table minus its mean row.
 
     The probabilities stay the same. OpenAI's logits lie between -35 and -120, where bf16 has steps
-    of .5. Without the mean row all logits of a position move by one number, toward 0, which softmax
-    ignores; there bf16 has steps of .01.
+    of .25 and .5. Without the mean row all logits of a position move by one number, which softmax
+    ignores, toward 0, where the steps are finer.
     """
     table = model.wte.weight
     head = table - table[: model.config.vocab_size].mean(0)
