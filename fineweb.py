@@ -198,8 +198,13 @@ def captions(scene, rng):
 
 
 def relation_caption(scene, rng):
-    """Where one object lies as seen from another: "a blue square with a red circle above it"."""
-    a, b = rng.sample(scene["objects"], 2)
+    """Where one object lies as seen from another: "a blue square with a red circle above it".
+
+    Of two pairs of objects it takes the one with fewer relations, which is harder: that two objects
+    are in one column is learned last, and with some seeds it was not.
+    """
+    pairs = [rng.sample(scene["objects"], 2) for _ in range(2)]
+    a, b = min(pairs, key=lambda pair: len(relations(*pair)))
     relation = rng.choice(relations(a, b))
     a = object_name(a)
     b = object_name(b)
@@ -268,6 +273,7 @@ def scene_blocks(number, tokenizer, seed):
 #     captions that name the size first             a third of the sizes wrong
 #     no relation in the list of two objects        relations .67 with one seed in ten
 #     a higher rate, or smaller steps, of training  relations .4 to .9 with some seeds
+#     every pair of objects as often in a relation  .91 with one seed in twenty
 
 TOY_VOCAB = 431
 TOY_SCENE_BLOCKS = 35_400  # 85 % of the text; the rest is English

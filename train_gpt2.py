@@ -731,10 +731,10 @@ def sinusoids(T, C, std):
     t = torch.arange(T)[:, None] + 0.25  # at whole numbers the sine of period 2 is always 0
     angles = 2 * math.pi * t / periods
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (T, 2 * len(periods))
-    # each wave in a random direction of its own, spread over all C numbers of a position; scaled to
-    # the length of random positions with this std
+    # each wave in a random direction of its own, spread over all C numbers of a position; .7 times
+    # as long as random positions with this std (twice as long, the toy did not learn its map)
     directions = torch.linalg.qr(torch.randn(C, waves.size(1)))[0]  # orthogonal
-    return waves @ directions.T * std * math.sqrt(C / len(periods))
+    return waves @ directions.T * std * math.sqrt(C / waves.size(1))
 
 
 # -----------------------------------------------------------------------------
