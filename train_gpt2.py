@@ -860,7 +860,7 @@ PRESETS = {  # T, V, layers, heads, C
 }
 RECIPES = {  # steps, tokens a step, micro-batch, learning rate, warm-up steps
     "tiny": Recipe(
-        1_425, 2_048, 32, 1e-3, 40, cooldown=0.5, muon=16, eval_every=150, eval_tokens=20_480
+        1_600, 2_048, 32, 1e-3, 40, cooldown=0.5, muon=16, eval_every=150, eval_tokens=20_480
     ),
     "small": Recipe(500, 8_192, 16, 2e-3, 50, eval_every=50, eval_tokens=16_384),
     "gpt2": Recipe(),
